@@ -1,0 +1,1 @@
+"""Brainstacks for Axolotl."""
