@@ -94,12 +94,13 @@ def write_model(source: Source, target: Path) -> None:
     In float32: the block scales of a GGUF times its 4-bit levels do not fit bfloat16, training on a CPU runs in
     float32 anyway, and Axolotl casts at load time for those who train in less.
     """
+    scratch = target / "scratch"
+    folder, gguf_file = locate(source, scratch)
+
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    scratch = target / "scratch"
-    folder, gguf_file = locate(source, scratch)
     gguf = {"gguf_file": gguf_file} if gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
