@@ -1,1 +1,56 @@
-"""Brainstacks for Axolotl."""
+"""Brainstacks for Axolotl: frozen MoE-LoRA stacks per domain, a null space between them, and a router.
+
+Importing this package makes PEFT know the type ``BRAINSTACKS`` and costs nothing by itself: where PEFT is not imported
+yet (``axolotl --help``), registration waits for that import.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+__all__ = ["BrainstacksPlugin"]
+
+
+class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
+    """Runs our registration right after the first ``import peft``."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    from axolotl_brainstacks.adapter.registration import register_peft_type
+
+    register_peft_type()
+
+
+if "peft" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _RegisterAfterPeft())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BrainstacksPlugin":
+        from axolotl_brainstacks.plugin import BrainstacksPlugin
+
+        return BrainstacksPlugin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,122 @@
+"""The `brainstacks:` block of an Axolotl YAML, and every rule that can be checked on the block alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DOMAIN_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BoostingArgs(_Strict):
+    """Inner loop: how many stacks a domain gets, and when a round ends early (paper section 1)."""
+
+    max_rounds: int = Field(2, ge=1, description="Most stacks per domain.")
+    min_loss_delta: float = Field(0.002, ge=0, description="Stop when a round gains less validation loss than this.")
+    patience: int = Field(4, ge=1, description="End a round after so many evaluations without gain.")
+    spike_threshold: float = Field(0.1, gt=0, description="End a round when the loss exceeds its best by this.")
+
+
+class NullSpaceArgs(_Strict):
+    """How far a domain is kept out of the directions of earlier ones."""
+
+    directions: int = Field(64, ge=0, description="Most columns a domain adds per projection; 0 turns projection off.")
+    samples: int = Field(400, ge=1, description="Validation rows of earlier domains to fit on, in all.")
+    min_capacity: float = Field(
+        0.25, ge=0, le=1, description="Warn when a smaller share of a projection's output space is left."
+    )
+
+
+class RouterArgs(_Strict):
+    """How routes are read off the router's probabilities."""
+
+    gate_threshold: float = Field(0.12, ge=0, le=1, description="Domains below this probability stay off.")
+    floors: dict[str, float] = Field(default_factory=dict, description="Least weight of a domain.")
+    soft_domains: list[str] = Field(default_factory=list, description="Domains that count half when they help at all.")
+
+    @field_validator("floors")
+    @classmethod
+    def _floors_are_weights(cls, floors: dict[str, float]) -> dict[str, float]:
+        for domain, floor in floors.items():
+            if not 0 <= floor <= 1:
+                raise ValueError(f"brainstacks.router.floors.{domain} is {floor}; a floor must be in [0, 1]")
+        return floors
+
+
+class SampleArgs(_Strict):
+    """Answers written to report/samples.jsonl after every stack, to read what it learned."""
+
+    prompts: int = Field(2, ge=0, description="Validation prompts to answer; 0 turns samples off.")
+    max_new_tokens: int = Field(48, ge=1)
+
+
+class DomainArgs(BaseModel):
+    """One domain of the curriculum: its name, and any ordinary Axolotl keys that differ from the top level."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+    @property
+    def overlay(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class BrainstacksBlock(_Strict):
+    """The `brainstacks:` block."""
+
+    library: str | None = Field(None, description="Folder of the library; default output_dir/library.")
+    num_experts: int = Field(4, ge=1)
+    top_k: int = Field(2, ge=1)
+    noisy_gate: bool = True
+    balance_coef: float = Field(0.01, ge=0)
+    context: Literal["curriculum", "isolated"] = Field(
+        "curriculum", description="Whether earlier domains' stacks are on while a new one trains."
+    )
+    eval_rows: int = Field(256, ge=1, description="Validation rows per domain kept in the library for measuring.")
+    boosting: BoostingArgs = Field(default_factory=BoostingArgs)
+    null_space: NullSpaceArgs = Field(default_factory=NullSpaceArgs)
+    router: RouterArgs = Field(default_factory=RouterArgs)
+    samples: SampleArgs = Field(default_factory=SampleArgs)
+    domain: str | None = Field(None, description="Train one domain on the top-level `datasets:`.")
+    domains: list[DomainArgs] | None = Field(None, description="The curriculum, in order.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BrainstacksBlock:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"brainstacks.top_k is {self.top_k} but brainstacks.num_experts is {self.num_experts}; "
+                "a token cannot use more experts than there are"
+            )
+        if (self.domain is None) == (not self.domains):
+            raise ValueError(
+                "brainstacks: give either `domains:` (a curriculum) or `domain:` (one domain on the top-level datasets)"
+                + (", not both" if self.domain else "")
+            )
+        names = [domain.name for domain in self.curriculum]
+        for name in names:
+            if not DOMAIN_NAME.match(name):
+                raise ValueError(
+                    f"brainstacks.domains: `{name}` cannot be a domain's name; use lower-case letters, digits and _, "
+                    "a letter first, 32 characters at most"
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"brainstacks.domains: `{name}` is there twice; give each domain a name of its own")
+        return self
+
+    @property
+    def curriculum(self) -> list[DomainArgs]:
+        """The domains to train, in order; the one-domain form is a curriculum of one."""
+        return self.domains or [DomainArgs(name=self.domain or "")]
+
+
+class BrainstacksArgs(BaseModel):
+    """What the plugin adds to Axolotl's config schema."""
+
+    brainstacks: BrainstacksBlock | None = None

@@ -1,0 +1,99 @@
+"""The click commands. Nothing heavy is imported before a command runs: `axolotl --help` imports this module."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from axolotl_brainstacks.library import Library
+
+
+class _Commands(click.Group):
+    """A group whose commands end user errors with one line instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _open(ctx: click.Context) -> "Library":
+    from axolotl_brainstacks.library import Library
+
+    return Library.open(ctx.obj)
+
+
+@click.group(cls=_Commands, short_help="list, verify or prune a library of brainstacks")
+@click.argument("lib", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.pass_context
+def library(ctx: click.Context, lib: Path) -> None:
+    """Look after LIB, the folder that `brainstacks.library` names."""
+    ctx.obj = lib
+
+
+@library.command("list")
+@click.pass_context
+def list_domains(ctx: click.Context) -> None:
+    """Show every domain's state.
+
+    Loss: of the base, then after the last kept round. Capacity: the smallest share of output dimensions left.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest = _open(ctx).manifest
+    table = Table(title=f"{ctx.obj} on {manifest.base.title}", title_justify="left")
+    table.add_column("domain", overflow="fold")
+    for heading in ("done", "rounds", "stacks", "loss", "capacity", "MB", "router"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for domain in manifest.domains:
+        stacks = [stack for stack in manifest.stacks if stack.domain == domain.name]
+        records = [record for stack in stacks for record in stack.files.values()]
+        if domain.nullspace:
+            records.append(domain.nullspace.record)
+        routed = manifest.router is not None and domain.name in manifest.router.domains
+        table.add_row(
+            domain.name,
+            "yes" if domain.done else "no",
+            str(len(domain.rounds)),
+            str(len(stacks)),
+            f"{domain.base_loss:.3f} -> {domain.last_loss:.3f}",
+            f"{domain.nullspace.capacity_left:.0%}" if domain.nullspace else "-",
+            f"{sum(record.bytes for record in records) / 1e6:.1f}",
+            ("stale" if manifest.router and manifest.router.stale else "fitted") if routed else "none",
+        )
+    Console().print(table)
+
+
+@library.command()
+@click.pass_context
+def verify(ctx: click.Context) -> None:
+    """Check every file against its SHA-256.
+
+    Exit status 1 when anything is wrong.
+    """
+    opened = _open(ctx)
+    if problems := opened.verify():
+        for problem in problems:
+            click.echo(problem)
+        ctx.exit(1)
+    click.echo(f"{len(opened.manifest.stacks)} stacks, {len(opened.manifest.files)} files: clean")
+
+
+@library.command()
+@click.argument("domain")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def remove(ctx: click.Context, domain: str, yes: bool) -> None:
+    """Remove DOMAIN with its stacks and its null space."""
+    with _open(ctx).writing() as opened:
+        stacks = [stack.name for stack in opened.manifest.stacks if stack.domain == domain]
+        if dependents := opened.manifest.dependents(domain):
+            click.echo(f"Trained with these stacks on, their losses will change: {', '.join(dependents)}", err=True)
+        if not yes:
+            click.confirm(f"Remove {domain} and its stacks ({', '.join(stacks) or 'none'}) from {ctx.obj}?", abort=True)
+        opened.remove_domain(domain)
+        stale = opened.manifest.router is not None
+    click.echo(f"Removed {domain}." + (" Fit the router again: axolotl brainstacks-router CONFIG" if stale else ""))

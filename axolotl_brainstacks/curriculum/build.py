@@ -1,0 +1,81 @@
+"""Puts the adapter around Axolotl's base model: a fresh stack on top of the library's frozen ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from axolotl_brainstacks.adapter.config import BrainstacksConfig
+from axolotl_brainstacks.adapter.model import BrainstacksModel, attach_library
+from axolotl_brainstacks.curriculum.plan import Plan
+from axolotl_brainstacks.distributed import is_main
+from axolotl_brainstacks.library import Library
+
+LOG = get_logger(__name__)
+
+TRAINED = "default"
+
+
+def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple[PeftModel, PeftConfig]:
+    """The model Axolotl trains or answers with.
+
+    Raises:
+        ValueError: if the library belongs to another base model, or there is none to answer with.
+    """
+    keep_cpu_4bit_trainable(model)
+    if plan.inference:
+        if not Library.exists(plan.library_path):
+            raise ValueError(f"There is no library at {plan.library_path}; run `axolotl train` first, or set `brainstacks.library`")
+        peft_model = PeftModel.from_pretrained(model, str(plan.library_path))
+        return peft_model, peft_model.peft_config[TRAINED]
+    config = stack_config(cfg, plan)
+    peft_model = get_peft_model(model, config)
+    if Library.exists(plan.library_path):
+        attach_library(tuner(peft_model), Library.open(plan.library_path), cfg.base_model)
+    if is_main():
+        peft_model.print_trainable_parameters()
+    return peft_model, config
+
+
+def stack_config(cfg: DictDefault, plan: Plan) -> BrainstacksConfig:
+    block = plan.block
+    targets = list(cfg.lora_target_modules or [])
+    return BrainstacksConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=cfg.base_model,
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=cfg.lora_dropout or 0.0,
+        use_rslora=cfg.peft_use_rslora is not False,
+        num_experts=block.num_experts,
+        top_k=block.top_k,
+        noisy_gate=block.noisy_gate,
+        balance_coef=block.balance_coef,
+        target_modules="all-linear" if cfg.lora_target_linear and not targets else targets,
+        exclude_modules=cfg.lora_exclude_modules or None,
+        layers_to_transform=cfg.peft_layers_to_transform,
+        layers_pattern=cfg.peft_layers_pattern,
+    )
+
+
+def tuner(peft_model: PeftModel) -> BrainstacksModel:
+    base = peft_model.base_model
+    assert isinstance(base, BrainstacksModel)
+    return base
+
+
+def relative_library(plan: Plan, folder: Path) -> str:
+    """The library's path as `adapter_config.json` in `folder` names it, so that both can be moved together."""
+    return str(plan.library_path.resolve().relative_to(folder.resolve(), walk_up=True))
+
+
+def keep_cpu_4bit_trainable(model: nn.Module) -> None:
+    """bitsandbytes repacks NF4 weights at the first evaluation on a CPU, after which no gradient passes them."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,30 @@
+"""The trainer that Axolotl sees: its `train()` runs the whole curriculum, with an ordinary trainer for every stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.core.trainers.base import AxolotlTrainer
+from transformers.trainer_utils import TrainOutput
+
+from axolotl_brainstacks.curriculum.plan import Plan
+from axolotl_brainstacks.curriculum.runner import CurriculumRunner
+
+
+class Conductor(AxolotlTrainer):
+    """Never makes an engine of its own."""
+
+    plan: Plan
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        CurriculumRunner(self.plan, self.model, self.processing_class).run()
+        return TrainOutput(0, 0.0, {})
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Under ZeRO-3 Axolotl saves through the trainer; what is left to save is the reference to the library."""
+        if self.is_world_process_zero():
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+
+def conductor_class(plan: Plan) -> type[Conductor]:
+    return type("BrainstacksConductor", (Conductor,), {"plan": plan})

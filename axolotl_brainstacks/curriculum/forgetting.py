@@ -1,0 +1,30 @@
+"""What later domains did to earlier ones (paper section 1, forgetting matrix)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.evaluation import Row
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A domain's validation rows and the stacks that were on when it was trained, its own included."""
+
+    name: str
+    rows: list[Row]
+    context: list[str]
+
+
+def forgetting_row(
+    tuner: BrainstacksModel, domains: Sequence[Measured], every_stack: list[str], loss: Callable[[list[Row]], float]
+) -> dict[str, dict[str, float]]:
+    """Losses of all domains: `own_stacks` must never change later, `all_stacks` shows what routing is needed for."""
+    row: dict[str, dict[str, float]] = {"own_stacks": {}, "all_stacks": {}}
+    for domain in domains:
+        for kind, names in (("own_stacks", domain.context), ("all_stacks", every_stack)):
+            with tuner.using_stacks(names):
+                row[kind][domain.name] = loss(domain.rows)
+    return row

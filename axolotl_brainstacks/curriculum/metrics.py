@@ -1,0 +1,47 @@
+"""Names a stage's metrics after its domain and round, and adds the gates' own."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl_brainstacks.adapter.model import BrainstacksModel
+
+
+def name_metrics(trainer: Trainer, tuner: BrainstacksModel, domain: str, round_number: int) -> None:
+    """Let the progress bar, wandb, tensorboard and all other callbacks of `trainer` see `<domain>/round<n>/<metric>`.
+
+    Done where the handler hands logs to callbacks: the trainer itself goes on working with the plain names.
+    """
+    handler, prefix = trainer.callback_handler, f"{domain}/round{round_number}/"
+    hand_over = handler.on_log
+
+    def on_log(
+        args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float]
+    ) -> TrainerControl:
+        named = logs | (gate_metrics(tuner) if "loss" in logs else {})
+        return hand_over(
+            args, state, control, {key if key == "epoch" else prefix + key: value for key, value in named.items()}
+        )
+
+    handler.on_log = on_log
+    for layer in tuner.layers():
+        layer.balance_scale = 1.0 / trainer.args.gradient_accumulation_steps
+        layer.statistics = None
+
+
+def gate_metrics(tuner: BrainstacksModel) -> dict[str, float]:
+    """Load balance since the last call: mean loss (1 is perfect), and the least and most used expert of any projection."""
+    rows = []
+    for layer in tuner.layers():
+        if layer.statistics is not None:
+            rows.append(layer.statistics[:-1] / layer.statistics[-1])
+            layer.statistics = None
+    if not rows:
+        return {}
+    table = torch.stack(rows).cpu()
+    return {
+        "balance_loss": float(table[:, -1].mean()),
+        "expert_use_min": float(table[:, :-1].min()),
+        "expert_use_max": float(table[:, :-1].max()),
+    }

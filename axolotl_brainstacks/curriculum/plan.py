@@ -1,0 +1,191 @@
+"""What a run is going to do: the raw config, the `brainstacks:` block, and the stages made of them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+
+from axolotl_brainstacks.adapter.model import PROJECTIONS
+from axolotl_brainstacks.args import BrainstacksBlock
+from axolotl_brainstacks.library import Library
+
+if TYPE_CHECKING:
+    from axolotl.common.datasets import TrainDatasetMeta
+
+    from axolotl_brainstacks.curriculum.stages import DomainStage
+
+LOG = get_logger(__name__)
+
+_REFUSED = {
+    "merge_lora": "a stack's gates depend on the token, so it cannot be merged into the base weights; "
+    "load the library with PeftModel.from_pretrained instead",
+    "relora": "stacks are frozen, not merged; use brainstacks.boosting.max_rounds",
+    "lora_model_dir": "the library is named by `brainstacks.library`",
+    "resume_from_checkpoint": "the same `axolotl train` command resumes by itself",
+    "fsdp": "FSDP is not supported; use `deepspeed:`",
+    "fsdp_config": "FSDP is not supported; use `deepspeed:`",
+    "reward_model": "reward models are not supported",
+    "process_reward_model": "reward models are not supported",
+    "peft_use_dora": "stacks have no DoRA magnitude",
+    "lora_modules_to_save": "the base model is shared by all domains and must stay as it is",
+    "lora_target_parameters": "stacks wrap linear modules; name them in `lora_target_modules`",
+    "unfrozen_parameters": "the base model is shared by all domains and must stay as it is",
+    "rl": "put `rl:` into the entry of the domain it is for, under `brainstacks.domains`",
+}
+_EVALUATION = ("eval_steps", "evals_per_epoch", "eval_strategy")
+_SAVING = ("save_steps", "saves_per_epoch", "save_strategy")
+_EXCLUSIVE = (_EVALUATION, _SAVING, ("val_set_size", "test_datasets"), ("max_steps", "num_epochs"))
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+
+@dataclass
+class Plan:
+    """A validated run. `raw` is the user's config before Axolotl saw it, with our defaults filled in."""
+
+    raw: dict[str, Any]
+    block: BrainstacksBlock
+    library_path: Path
+    inference: bool
+    inside_stage: bool = False
+    stages: list[DomainStage] = field(default_factory=list)
+
+    @classmethod
+    def prepare(cls, cfg: DictDefault) -> Plan:
+        """Check what can be checked on the raw config, and turn `cfg` into one that Axolotl treats as (Q)LoRA.
+
+        Axolotl quantises, prepares for k-bit training and enables gradient checkpointing for its own adapter names only.
+
+        Raises:
+            ValueError: naming the key, its value, and the mend.
+        """
+        for key, reason in _REFUSED.items():
+            if cfg.get(key):
+                raise ValueError(f"`{key}` cannot be used with `adapter: brainstacks`: {reason}")
+        if not cfg.get("brainstacks"):
+            raise ValueError("`adapter: brainstacks` needs a `brainstacks:` block with `domains:` or `domain:`")
+        block = BrainstacksBlock.model_validate(_plain(cfg["brainstacks"]))
+        _fill_defaults(cfg)
+        if cfg["lora_r"] < 1:
+            raise ValueError(f"`lora_r` is {cfg['lora_r']}; a stack needs a rank of at least 1 (the paper uses 16)")
+        library_path = Path(block.library or Path(cfg.get("output_dir") or "./model-out") / "library")
+        plan = cls(_plain(cfg), block, library_path, bool(cfg.get("inference")))
+        if not plan.inference:
+            plan._check_library()
+        plan._disguise(cfg)
+        return plan
+
+    def _check_library(self) -> None:
+        if not Library.exists(self.library_path):
+            return
+        library = Library.open(self.library_path)
+        for problem in library.verify():
+            raise ValueError(f"The library {self.library_path} is damaged: {problem}")
+        finished = {entry.name for entry in library.manifest.domains if entry.done}
+        if self.block.domain in finished:
+            raise ValueError(
+                f"brainstacks.domain: `{self.block.domain}` is already in the library {self.library_path}; choose "
+                f"another name, or remove it with `axolotl brainstacks-library {self.library_path} remove "
+                f"{self.block.domain}`"
+            )
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with library.writing():
+                pass
+
+    def _disguise(self, cfg: DictDefault) -> None:
+        """Axolotl's base config: its own adapter name, and the first supervised domain's datasets to validate with."""
+        cfg["adapter"] = "qlora" if cfg.get("load_in_4bit") else "lora"
+        self.raw["adapter"] = cfg["adapter"]
+        if self.block.domains:
+            overlays = [domain.overlay for domain in self.block.domains]
+            first = next((overlay for overlay in overlays if not overlay.get("rl")), overlays[0])
+            complete = overlaid(self.raw, {key: value for key, value in first.items() if key not in ("rl", "trl")})
+            for key in set(cfg) - set(complete):
+                del cfg[key]
+            cfg.update(complete)
+
+    def load_stages(self) -> TrainDatasetMeta:
+        """Validate every stage and load its data; the data of the first one still to be trained.
+
+        Raises:
+            ValueError: if any domain's config or data is unusable.
+            SystemExit: with status 0 when the library holds all domains already.
+        """
+        from axolotl.common.datasets import TrainDatasetMeta
+
+        from axolotl_brainstacks.curriculum.stages import load_domains
+
+        done = set()
+        if Library.exists(self.library_path):
+            done = {entry.name for entry in Library.open(self.library_path).manifest.domains if entry.done}
+        todo = [domain for domain in self.block.curriculum if domain.name not in done]
+        if not todo:
+            names = ", ".join(domain.name for domain in self.block.curriculum)
+            print(f"Brainstacks: nothing to do, {self.library_path} holds all domains already: {names}")
+            raise SystemExit(0)
+        self.stages = load_domains(self.raw, todo, self.block)
+        first = self.stages[0]
+        return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
+
+    @contextmanager
+    def stage(self, cfg: DictDefault) -> Iterator[None]:
+        """While inside, Axolotl's builders make ordinary trainers for `cfg`, and other plugins see it."""
+        manager = PluginManager.get_instance()
+        before, manager.cfg, self.inside_stage = manager.cfg, cfg, True
+        try:
+            yield
+        finally:
+            manager.cfg, self.inside_stage = before, False
+
+
+def _plain(value: Any) -> Any:
+    """Deep copy with ordinary dicts: a DictDefault answers None for keys it does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return copy.deepcopy(value)
+
+
+def overlaid(raw: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """The base config with a domain's keys laid over it; a key also replaces those that Axolotl does not allow beside it."""
+    merged = copy.deepcopy(raw)
+    for group in _EXCLUSIVE:
+        if any(key in overlay for key in group):
+            for key in group:
+                merged.pop(key, None)
+    merged |= copy.deepcopy(overlay)
+    if merged.get("val_set_size") is None and not merged.get("test_datasets"):
+        merged["val_set_size"] = 0.05
+    return merged
+
+
+def _fill_defaults(cfg: DictDefault) -> None:
+    for key, default in {
+        "lora_r": 16,
+        "lora_alpha": 16,
+        "lora_target_modules": None if cfg.get("lora_target_linear") else list(PROJECTIONS),
+        "output_dir": "./model-out",
+        "seed": 42,
+        # Frozen stacks are buffers, equal on all ranks: DDP would send them around before every forward.
+        "ddp_broadcast_buffers": False,
+        "save_total_limit": 2,
+    }.items():
+        if cfg.get(key) is None and default is not None:
+            cfg[key] = default
+    for kernel in _KERNELS:
+        if cfg.get(kernel):
+            LOG.warning("`%s` is switched off: the fused LoRA kernels know nothing of stacks", kernel)
+        cfg[kernel] = False
+    if not any(cfg.get(key) for key in _EVALUATION):
+        cfg["eval_steps"] = 0.1
+    if not any(cfg.get(key) for key in _SAVING):
+        cfg["save_steps"] = 0.2

@@ -1,0 +1,175 @@
+"""One round: train a fresh stack on top of what is frozen, keep its best weights, freeze it if it helped."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from axolotl.utils.trainer import setup_trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from axolotl_brainstacks.adapter.config import BrainstacksConfig
+from axolotl_brainstacks.calibration import Calibration, fit_null_space, merge_columns
+from axolotl_brainstacks.curriculum.build import TRAINED
+from axolotl_brainstacks.curriculum.engine import release
+from axolotl_brainstacks.curriculum.guard import Guard, last_complete_checkpoint
+from axolotl_brainstacks.curriculum.metrics import name_metrics
+from axolotl_brainstacks.curriculum.stages import DomainStage
+from axolotl_brainstacks.distributed import on_main
+from axolotl_brainstacks.library import RoundRecord
+from axolotl_brainstacks.nullspace import leakage
+
+if TYPE_CHECKING:
+    from axolotl_brainstacks.curriculum.runner import CurriculumRunner
+
+LOG = get_logger(__name__)
+
+
+class Round(TrainerCallback):
+    """A stage (domain, round). As a callback it measures and fits once the engine stands, before the first step."""
+
+    def __init__(self, runner: CurriculumRunner, stage: DomainStage, number: int) -> None:
+        self.runner, self.stage, self.number = runner, stage, number
+        self.model, self.tuner = runner.model, runner.tuner
+        self.loss_before = math.nan
+
+    def train(self) -> RoundRecord:
+        """Train, judge and record this round; also resumes it from its last complete checkpoint."""
+        cfg = self._config()
+        with self.runner.plan.stage(cfg):
+            self.tuner.reset_stack(TRAINED, cfg.seed)
+            self.tuner.use_stacks(self.runner.context_of(self.stage.name))
+            set_seed(cfg.seed)
+            guard = Guard(self.tuner, TRAINED, self.runner.plan.block.boosting)
+            trainer = self._trainer(cfg, guard)
+            checkpoint = on_main(lambda: last_complete_checkpoint(Path(cfg.output_dir)))
+            if checkpoint is not None:
+                LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
+                guard.resume(checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if guard.evaluated_step != trainer.state.global_step:
+                trainer.evaluate()
+            guard.restore_best()
+            record = self._judge(trainer, cfg, guard)
+            if self.runner.is_over([record]):
+                self.runner.finish_domain(self.stage)
+            release(trainer)
+        on_main(lambda: shutil.rmtree(cfg.output_dir, ignore_errors=True))
+        return record
+
+    def _config(self) -> DictDefault:
+        cfg = copy.deepcopy(self.stage.cfg)
+        cfg.output_dir = str(self.runner.output_dir / "stages" / f"{self.stage.name}-{self.number}")
+        cfg.seed = cfg.seed + self.number - 1
+        return cfg
+
+    def _trainer(self, cfg: DictDefault, guard: Guard) -> Trainer:
+        trainer = setup_trainer(
+            cfg=cfg,
+            train_dataset=self.stage.train_dataset,
+            eval_dataset=self.stage.eval_dataset,
+            model=self.model,
+            tokenizer=self.runner.tokenizer,
+            processor=None,
+            total_num_steps=self.stage.total_steps,
+        )
+        PluginManager.get_instance().post_trainer_create(cfg, trainer)
+        trainer.callback_handler.callbacks[:0] = [self, guard]
+        name_metrics(trainer, self.tuner, self.stage.name, self.number)
+        return trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.runner.start_domain(self.stage)
+        self._set_null_space(args)
+        rounds = on_main(lambda: self.runner.library.manifest.domain(self.stage.name).rounds)
+        if rounds:
+            self.loss_before = rounds[-1].loss_after
+        else:
+            with self.model.disable_adapter():
+                self.loss_before = self.runner.loss(self.stage.rows)
+        LOG.info("%s, round %d starts at a validation loss of %.4f", self.stage.name, self.number, self.loss_before)
+
+    def _set_null_space(self, args: TrainingArguments) -> None:
+        """Fit the domain's share of the null space before its first round; later rounds, and resumed ones, read it."""
+        rules, library = self.runner.plan.block.null_space, getattr(self.runner, "library", None)
+        earlier = self.runner.earlier_domains(self.stage.name)
+        if not rules.directions or not earlier or not self.runner.stack_names():
+            self.tuner.set_null_space(TRAINED, {})
+            return
+        columns = self.runner.null_space_columns()
+        if on_main(lambda: library is not None and library.manifest.domain(self.stage.name).nullspace is None):
+            share = -(-rules.samples // len(earlier))
+            isolated = self.runner.plan.block.context == "isolated"
+            every = self.runner.stack_names()
+            calibrations = [
+                Calibration(domain.rows[:share], domain.context if isolated else every) for domain in earlier
+            ]
+            fit = fit_null_space(
+                self.model, self.tuner, calibrations, columns, rules.directions, args.per_device_eval_batch_size
+            )
+            LOG.info(
+                "Null space for %s: %.1f %% of earlier domains' output energy is protected; %.0f %% of the space is left "
+                "in the tightest projection, %s", self.stage.name, 100 * fit.energy, 100 * fit.capacity_left, fit.tightest
+            )  # fmt: skip
+            if fit.capacity_left < rules.min_capacity:
+                LOG.warning(
+                    "Only %.0f %% of %s is left for new domains; consider fewer `brainstacks.null_space.directions`",
+                    100 * fit.capacity_left, fit.tightest,
+                )  # fmt: skip
+            most = max(part.shape[1] for part in fit.columns.values())
+            on_main(
+                lambda: self.runner.library.write_nullspace(
+                    self.stage.name, fit.columns, most, fit.energy, fit.capacity_left
+                )
+            )
+            columns = merge_columns([columns, fit.columns])
+        self.tuner.set_null_space(TRAINED, columns)
+
+    def _judge(self, trainer: Trainer, cfg: DictDefault, guard: Guard) -> RoundRecord:
+        """Freeze the stack and measure it as the library will hold it; keep it if the loss fell."""
+        runner, name = self.runner, self.stage.name
+        tensors = self.tuner.export_stack(TRAINED)
+        metrics = {"null_space_leakage": self._leakage(tensors), "best_eval_loss": guard.best_loss}
+        if cfg.rl:
+            # Preference losses compare with the model before this stack, so they are the trainer's to measure: ln 2 then.
+            self.loss_before, loss_after = math.log(2), trainer.evaluate()["eval_loss"]
+        frozen = on_main(lambda: runner.library.manifest.next_stack_name(name))
+        config = self.model.peft_config[TRAINED]
+        assert isinstance(config, BrainstacksConfig)
+        self.tuner.reset_stack(TRAINED, cfg.seed)
+        self.tuner.attach_stack(frozen, name, config, tensors)
+        self.tuner.use_stacks(runner.context_of(name))
+        if not cfg.rl:
+            with self.model.disable_adapter():
+                loss_after = runner.loss(self.stage.rows)
+        kept = loss_after < self.loss_before
+        record = RoundRecord(
+            round=self.number, kept=kept, loss_before=self.loss_before, loss_after=loss_after,
+            steps=trainer.state.global_step, stop_reason=guard.stop_reason, metrics=metrics,
+        )  # fmt: skip
+        if not kept:
+            LOG.warning("%s, round %d: loss %.4f is no better than %.4f before it; dropped", name, self.number, loss_after, self.loss_before)
+            self.tuner.detach_stack(frozen)
+            return runner.record(self.stage, record, None)
+        LOG.info("%s, round %d: validation loss %.4f -> %.4f", name, self.number, self.loss_before, loss_after)
+        record = runner.record(self.stage, record, tensors)
+        assert record.stack == frozen
+        runner.report_samples(self.stage, self.number)
+        return record
+
+    def _leakage(self, tensors: dict[str, Any]) -> float:
+        """Largest share of any projection's B that lies in the protected directions; about 1e-7 after folding in fp32."""
+        columns = self.runner.null_space_columns()
+        return max(
+            (leakage(tensors[f"base_model.model.{module}.brainstacks_B.weight"], basis)
+             for module, basis in columns.items() if f"base_model.model.{module}.brainstacks_B.weight" in tensors),
+            default=0.0,
+        )  # fmt: skip

@@ -1,0 +1,121 @@
+"""From the base config and a domain's overlay to a complete Axolotl config and its data."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import gpu_capabilities
+from axolotl.common.datasets import load_datasets, load_preference_datasets
+from axolotl.integrations.config import merge_input_args
+from axolotl.loaders import load_tokenizer
+from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+
+from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs
+from axolotl_brainstacks.curriculum.plan import overlaid
+from axolotl_brainstacks.evaluation import IGNORED, Row
+
+LOG = get_logger(__name__)
+
+# The model, its precision and the engine are set up once for all stages.
+_LOAD_TIME = (
+    "adapter|base_model|base_model_config|revision_of_model|tokenizer_config|tokenizer_type|type_of_model|model_type|"
+    "processor_type|load_in_4bit|load_in_8bit|bf16|fp16|tf32|bfloat16|float16|deepspeed|fsdp|fsdp_config|attn_implementation|"
+    "flash_attention|sdp_attention|xformers_attention|flex_attention|sample_packing|gradient_checkpointing|"
+    "gradient_checkpointing_kwargs|lora_r|lora_alpha|lora_dropout|lora_target_modules|lora_target_linear|special_tokens|"
+    "added_tokens_overrides|chat_template|plugins|output_dir|brainstacks|torch_compile|ddp|use_ray|seed"
+).split("|")
+
+
+@dataclass
+class DomainStage:
+    """One domain, ready to train: its config, datasets, and the rows its losses are measured on."""
+
+    name: str
+    cfg: DictDefault
+    train_dataset: Dataset
+    eval_dataset: Dataset
+    total_steps: int | None
+    rows: list[Row]
+
+
+def stage_config(raw: dict[str, Any], domain: DomainArgs) -> DictDefault:
+    """The complete, validated config of one domain.
+
+    Raises:
+        ValueError: for a key that Axolotl does not know, that cannot differ by domain, or a value it refuses.
+    """
+    fields = set(merge_input_args()[1].model_fields)
+    for key in domain.overlay:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, 1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"brainstacks.domains: `{key}` of domain `{domain.name}` is no Axolotl key{hint}")
+        if key in _LOAD_TIME:
+            raise ValueError(
+                f"brainstacks.domains: `{key}` of domain `{domain.name}` is the same for all domains; move it to the top level"
+            )
+    merged = overlaid({key: value for key, value in raw.items() if key != "brainstacks"}, domain.overlay)
+    if not merged.get("datasets"):
+        raise ValueError(f"brainstacks.domains: domain `{domain.name}` has no `datasets:`, and neither has the top level")
+    capabilities, env_capabilities = gpu_capabilities()
+    try:
+        cfg = validate_config(DictDefault(merged), capabilities=capabilities, env_capabilities=env_capabilities)
+    except ValueError as error:
+        raise ValueError(f"brainstacks.domains: the config of domain `{domain.name}` is not valid: {error}") from error
+    normalize_config(cfg)
+    normalize_cfg_datasets(cfg)
+    return cfg
+
+
+def load_domains(raw: dict[str, Any], domains: list[DomainArgs], block: BrainstacksBlock) -> list[DomainStage]:
+    """Configs first, then data, of all domains: the last one's mistakes show before the first one trains."""
+    configs = [stage_config(raw, domain) for domain in domains]
+    return [_load(domain.name, cfg, block) for domain, cfg in zip(domains, configs, strict=True)]
+
+
+def _load(name: str, cfg: DictDefault, block: BrainstacksBlock) -> DomainStage:
+    LOG.info("Loading the data of domain %s", name)
+    load = load_preference_datasets if cfg.rl else load_datasets
+    try:
+        meta = load(cfg=cfg, cli_args=TrainerCliArgs())
+    except Exception as error:
+        raise ValueError(f"The datasets of domain `{name}` cannot be loaded: {error}") from error
+    if not meta.train_dataset or not len(meta.train_dataset):
+        raise ValueError(f"The datasets of domain `{name}` have no usable row; check `datasets:` and `sequence_len`")
+    if not meta.eval_dataset or not len(meta.eval_dataset):
+        raise ValueError(
+            f"Domain `{name}` has no validation row, and without a validation loss no round can be judged; raise "
+            f"`val_set_size` (now {cfg.val_set_size}) or name `test_datasets:`"
+        )
+    rows = _rows(meta.eval_dataset, cfg, block.eval_rows)
+    if not any(label != IGNORED for row in rows for label in row.labels[1:]):
+        raise ValueError(f"No validation row of domain `{name}` has an answer token to predict; check its `type:`")
+    return DomainStage(name, cfg, meta.train_dataset, meta.eval_dataset, meta.total_num_steps, rows)
+
+
+def _rows(dataset: Dataset, cfg: DictDefault, limit: int) -> list[Row]:
+    """The first rows with an answer. Of preference pairs, the chosen answer counts."""
+    if "input_ids" in dataset.column_names:
+        candidates = (Row(list(row["input_ids"]), list(row["labels"])) for row in dataset)
+    else:
+        tokenizer = load_tokenizer(cfg)
+        candidates = (_chosen(row, tokenizer, cfg.sequence_len) for row in dataset)
+    rows = []
+    for row in candidates:
+        if any(label != IGNORED for label in row.labels[1:]):
+            rows.append(row)
+        if len(rows) == limit:
+            break
+    return rows
+
+
+def _chosen(row: dict[str, Any], tokenizer: Any, limit: int) -> Row:
+    prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+    chosen = tokenizer(row["chosen"], add_special_tokens=False)["input_ids"]
+    return Row((prompt + chosen)[:limit], ([IGNORED] * len(prompt) + chosen)[:limit])

@@ -1,0 +1,133 @@
+"""Losses on fixed validation rows: over answer tokens only, without padding, independent of who computes which batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from axolotl_brainstacks.distributed import gather_objects, world
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised example; labels are -100 wherever no answer token is to be predicted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens before the first answer token."""
+        return self.input_ids[: next((i for i, label in enumerate(self.labels) if label != IGNORED), 0)]
+
+
+def pack_rows(rows: Sequence[Row]) -> bytes:
+    """The rows as the bytes of a safetensors file."""
+    flat = {
+        "input_ids": [token for row in rows for token in row.input_ids],
+        "labels": [label for row in rows for label in row.labels],
+        "lengths": [len(row.input_ids) for row in rows],
+    }
+    return save_safetensors({name: torch.tensor(values, dtype=torch.int32) for name, values in flat.items()})
+
+
+def unpack_rows(data: bytes) -> list[Row]:
+    tensors = load_safetensors(data)
+    lengths = tensors["lengths"].tolist()
+    pairs = zip(tensors["input_ids"].split(lengths), tensors["labels"].split(lengths), strict=True)
+    return [Row(ids.tolist(), labels.tolist()) for ids, labels in pairs]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to one length; tensors (rows, tokens)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
+        length = max(len(row.input_ids) for row in rows)
+
+        def padded(values: list[list[int]], fill: int) -> Tensor:
+            return torch.tensor([row + [fill] * (length - len(row)) for row in values], device=device)
+
+        return cls(
+            padded([row.input_ids for row in rows], 0),
+            padded([[1] * len(row.input_ids) for row in rows], 0),
+            padded([row.labels for row in rows], IGNORED),
+        )
+
+
+def my_batches(rows: Sequence[Row], batch_size: int, device: torch.device) -> Iterator[tuple[int | None, Batch]]:
+    """This rank's share of the batches, as (index of its first row, batch).
+
+    Every rank gets the same number of batches, because a sharded model's forward is a collective; a surplus batch has
+    index None and its result is dropped. What is in a batch does not depend on the number of ranks.
+    """
+    rank, ranks = world()
+    starts = list(range(0, len(rows), batch_size))
+    for turn in range(-(-len(starts) // ranks)):
+        number = turn * ranks + rank
+        start = starts[min(number, len(starts) - 1)]
+        yield start if number < len(starts) else None, Batch.of(rows[start : start + batch_size], device)
+
+
+@torch.no_grad()
+def row_losses(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[tuple[float, int]]:
+    """Per row: summed cross-entropy over its answer tokens in fp32, and their number. Equal on every rank."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    mine: dict[int, tuple[float, int]] = {}
+    for start, batch in my_batches(rows, batch_size, device):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        for offset, (row_logits, row_labels) in enumerate(zip(logits[:, :-1], batch.labels[:, 1:], strict=True)):
+            answers = row_labels != IGNORED
+            loss = F.cross_entropy(row_logits[answers].float(), row_labels[answers], reduction="sum")
+            if start is not None:
+                mine[start + offset] = float(loss), int(answers.sum())
+    model.train(was_training)
+    everything: dict[int, tuple[float, int]] = {}
+    for part in gather_objects(mine):
+        everything.update(part)
+    return [everything[i] for i in range(len(rows))]
+
+
+def mean_loss(model: nn.Module, rows: Sequence[Row], batch_size: int) -> float:
+    """Mean cross-entropy per answer token over all rows, in nats."""
+    losses = row_losses(model, rows, batch_size)
+    return sum(loss for loss, _ in losses) / max(sum(tokens for _, tokens in losses), 1)
+
+
+@torch.no_grad()
+def answer(model: Any, rows: Sequence[Row], pad_token_id: int, max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of the rows' prompts, as token ids."""
+    was_training = model.training
+    model.eval()
+    prompts = [row.prompt_ids for row in rows]
+    length = max(len(prompt) for prompt in prompts)
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[pad_token_id] * (length - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad_token_id,
+        synced_gpus=world()[1] > 1,
+        use_cache=True,
+    )
+    model.train(was_training)
+    return output[:, length:].tolist()

@@ -1,0 +1,318 @@
+"""The library on disk: a folder of frozen stacks that is whole at every moment.
+
+Every change is written beside the library's files, synced, moved into place, and takes effect when the new
+`manifest.json` replaces the old one. What the manifest does not list is a leftover of a killed writer; the next one
+removes it.
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from axolotl_brainstacks.manifest import (
+    MANIFEST,
+    BaseModelInfo,
+    DomainEntry,
+    FileRecord,
+    Manifest,
+    NullSpaceEntry,
+    RoundRecord,
+    RouterEntry,
+    StackEntry,
+)
+from axolotl_brainstacks.storage import (
+    json_to_bytes,
+    load_tensors,
+    problem_of,
+    record_of,
+    sync_folder,
+    tensors_to_bytes,
+    write_durably,
+)
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+STAGE = ".tmp"
+# Folders in which every file is listed in the manifest.
+OWNED = ("stacks", "nullspace", "validation")
+
+
+class Library:
+    """A library folder and its manifest, as last read or written.
+
+    Reading needs no lock. Every method that changes the library asserts that it runs inside `writing()`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        # One lock object per folder and process: a second Library on the same folder is the same writer.
+        self._lock = FileLock(path / ".lock", timeout=0, is_singleton=True, thread_local=False)
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        return (Path(path) / MANIFEST).is_file()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read a library. Raises ValueError when it is none, its manifest is damaged, or a newer version wrote it."""
+        folder = Path(path).absolute()
+        return cls(folder, Manifest.read(folder))
+
+    @classmethod
+    def create(cls, path: str | Path, base: BaseModelInfo) -> Self:
+        """Make an empty library. Raises ValueError when the folder is a library already or holds anything else."""
+        folder = Path(path).absolute()
+        foreign = not folder.is_dir() or any(not child.name.startswith(".") for child in folder.iterdir())
+        if folder.exists() and foreign and not cls.exists(folder):
+            raise ValueError(f"{folder} is no library and not empty: name a new folder in brainstacks.library")
+        folder.mkdir(parents=True, exist_ok=True)
+        library = cls(folder, Manifest(base=base))
+        with library._locked():
+            if cls.exists(folder):
+                raise ValueError(f"{folder} is a library already: open it, or name a new folder in brainstacks.library")
+            library._commit(library.manifest)
+            library._sweep()
+        return library
+
+    # Writing
+
+    @contextmanager
+    def writing(self) -> Iterator[Self]:
+        """Be the one writer of this library; re-entrant within a process. The lock dies with its process.
+
+        On entry the manifest is read again and the leftovers of killed writers are removed. Raises ValueError when
+        another process is writing.
+        """
+        with self._locked():
+            self._sweep()
+            yield self
+
+    def add_domain(self, entry: DomainEntry, validation: bytes | None = None) -> None:
+        """List a domain, with the rows (`evaluation.pack_rows`) that its losses are measured on."""
+        with self._changing() as manifest:
+            if entry.name in (domain.name for domain in manifest.domains):
+                raise ValueError(
+                    f"domain {entry.name!r} is in {self.path} already: choose another name, or remove it with "
+                    f"`axolotl brainstacks-library {self.path} remove {entry.name}`"
+                )
+            manifest.domains.append(entry)
+            if validation is not None:
+                entry.validation = self._put(f"validation/{entry.name}.safetensors", validation)
+
+    def update_domain(self, name: str, **changes: Any) -> DomainEntry:
+        assert "name" not in changes, "stacks carry their domain's name"
+        with self._changing() as manifest:
+            entry = DomainEntry.model_validate(manifest.domain(name).model_dump() | changes)
+            manifest.domains[manifest.domains.index(manifest.domain(name))] = entry
+        return entry
+
+    def record_round(self, domain: str, record: RoundRecord) -> None:
+        """Note a round whose stack was not kept."""
+        assert not record.kept and record.stack is None, record
+        with self._changing() as manifest:
+            manifest.domain(domain).rounds.append(record)
+
+    def add_stack(
+        self, domain: str, round: int, config: dict[str, Any], tensors: dict[str, Tensor], record: RoundRecord
+    ) -> StackEntry:
+        """Freeze a stack: a plain PEFT folder `stacks/<name>`, listed last in the manifest with its round's record.
+
+        `config` is the PEFT config (sets become sorted lists), `tensors` the adapter's state dict on any device. Raises
+        ValueError for a non-finite tensor or an all-zero B, OSError when the disk is full; then nothing has changed.
+        """
+        assert record.kept and record.round == round, record
+        for key, tensor in tensors.items():
+            if key.endswith("brainstacks_B.weight") and not tensor.any():
+                raise ValueError(
+                    f"dead stack: {key} of domain {domain!r} is all zero, so the stack changes nothing "
+                    "and is not saved: raise its learning_rate or max_steps, or lower null_space.directions"
+                )
+        data = {CONFIG: json_to_bytes(config), WEIGHTS: tensors_to_bytes(tensors, f"the stack of domain {domain!r}")}
+        with self._changing() as manifest:
+            name = manifest.next_stack_name(domain)
+            staged = self.path / STAGE / name
+            files = {file: write_durably(staged / file, content) for file, content in data.items()}
+            sync_folder(staged)
+            self._publish(staged, f"stacks/{name}")
+            entry = StackEntry(name=name, domain=domain, round=round, files=files)
+            manifest.stacks.append(entry)
+            manifest.domain(domain).rounds.append(record.model_copy(update={"stack": name}))
+            manifest.next_stack += 1
+        return entry
+
+    def write_nullspace(
+        self, domain: str, tensors: dict[str, Tensor], columns: int, energy: float, capacity_left: float
+    ) -> NullSpaceEntry:
+        """Keep the basis that `domain` trains against, in place of an older one. Raises as `add_stack` does."""
+        data = tensors_to_bytes(tensors, f"the null space of domain {domain!r}")
+        # Named by content: the file that the manifest lists now is never overwritten.
+        file = f"nullspace/{domain}-{record_of(data).sha256[:12]}.safetensors"
+        with self._changing() as manifest:
+            record = self._put(file, data)
+            entry = NullSpaceEntry(
+                file=file, record=record, columns=columns, energy=energy, capacity_left=capacity_left
+            )
+            manifest.domain(domain).nullspace = entry
+        return entry
+
+    def write_file(self, relative: str, data: bytes) -> FileRecord:
+        """Write a file of the report or the router, atomically. A router that listed the file is dropped first: a kill
+        before `set_router` then leaves a library without a router, not a damaged one."""
+        assert relative.startswith(("report/", "router/")) and ".." not in PurePosixPath(relative).parts, relative
+        with self._changing() as manifest:
+            if manifest.router and relative in manifest.router.files:
+                manifest.router = None
+        with self._changing():
+            return self._put(relative, data)
+
+    def set_router(self, entry: RouterEntry | None) -> None:
+        with self._changing() as manifest:
+            manifest.router = entry
+
+    def write_root_config(self, config: dict[str, Any]) -> None:
+        """Make the library itself a folder that `PeftModel.from_pretrained(base, library)` accepts."""
+        with self._changing():
+            self._put(WEIGHTS, tensors_to_bytes({}, "the library"))
+            self._put(CONFIG, json_to_bytes(config))
+
+    def remove_domain(self, name: str) -> list[str]:
+        """Remove a domain with its stacks and null space; the router is stale then. Returns its dependents."""
+        with self._changing() as manifest:
+            dependents = manifest.dependents(name)
+            manifest.domains.remove(manifest.domain(name))
+            manifest.stacks = [s for s in manifest.stacks if s.domain != name]
+            if manifest.router:
+                manifest.router.stale = True
+        return dependents
+
+    # Reading
+
+    def stack_path(self, name: str) -> Path:
+        return self.path / "stacks" / self.manifest.stack(name).name
+
+    def stack_config(self, name: str) -> dict[str, Any]:
+        """The PEFT config of a stack. Raises ValueError when its file is missing or altered."""
+        record = self.manifest.stack(name).files[CONFIG]
+        return json.loads(self._checked(f"stacks/{name}/{CONFIG}", record).read_bytes())
+
+    def stack_tensors(self, name: str, verify: bool = True) -> dict[str, Tensor]:
+        """The tensors of a stack, memory-mapped on the CPU. Raises ValueError naming a missing or truncated file and,
+        with `verify`, which reads the whole file once, an altered one."""
+        record = self.manifest.stack(name).files[WEIGHTS]
+        return load_tensors(self._checked(f"stacks/{name}/{WEIGHTS}", record, verify))
+
+    def nullspace(self, domain: str) -> dict[str, Tensor]:
+        """The basis that a domain was trained against. Raises ValueError when it has none, or its file is damaged."""
+        entry = self.manifest.domain(domain).nullspace
+        if entry is None:
+            raise ValueError(f"domain {domain!r} of {self.path} was trained without a null space")
+        return load_tensors(self._checked(entry.file, entry.record))
+
+    def validation(self, domain: str) -> bytes:
+        """The validation rows of a domain, for `evaluation.unpack_rows`. Raises ValueError when it has none or they are
+        damaged."""
+        record = self.manifest.domain(domain).validation
+        if record is None:
+            raise ValueError(f"domain {domain!r} of {self.path} has no validation rows")
+        return self._checked(f"validation/{domain}.safetensors", record).read_bytes()
+
+    def verify(self) -> list[str]:
+        """What is wrong with the library's files, one line each; empty when every file is whole and none is unknown."""
+        listed = self.manifest.files
+        problems = [p for file, record in listed.items() if (p := problem_of(self.path / file, record))]
+        for path in sorted(p for folder in OWNED for p in (self.path / folder).rglob("*")):
+            if path.is_file() and path.relative_to(self.path).as_posix() not in listed:
+                problems.append(f"{path} is unknown to {MANIFEST}")
+        root = self.path / CONFIG
+        try:
+            if root.exists():
+                json.loads(root.read_bytes())
+        except ValueError as error:
+            problems.append(f"{root} is not JSON ({error})")
+        return problems
+
+    # The machinery of a change
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        owner = self.path / ".lock.owner"
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{self.path} is being written by another process ({_owner(owner)}): wait until it has ended, "
+                "or stop it, then run the same command again"
+            ) from None
+        try:
+            # Only a courtesy to whoever is refused: a full disk must not stop a writer that came to free space.
+            with suppress(OSError):
+                owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _changing(self) -> Iterator[Manifest]:
+        """The manifest as it is on disk, to be changed; it is committed at the end, or nothing of it stays."""
+        assert self._lock.is_locked, "the library is changed outside `with library.writing()`"
+        before = Manifest.read(self.path)
+        manifest = before.model_copy(deep=True)
+        try:
+            yield manifest
+            if manifest != before:
+                self._commit(Manifest.model_validate(manifest.model_dump()))
+        finally:
+            self._sweep()
+
+    def _commit(self, manifest: Manifest) -> None:
+        self._put(MANIFEST, json_to_bytes(json.loads(manifest.model_dump_json())))
+
+    def _put(self, relative: str, data: bytes) -> FileRecord:
+        staged = self.path / STAGE / PurePosixPath(relative).name
+        record = write_durably(staged, data)
+        self._publish(staged, relative)
+        return record
+
+    def _publish(self, staged: Path, relative: str) -> None:
+        target = self.path / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged.replace(target)
+        for folder in PurePosixPath(relative).parents:
+            sync_folder(self.path / folder)
+
+    def _sweep(self) -> None:
+        """Read the manifest again and remove what it does not list."""
+        self.manifest = Manifest.read(self.path)
+        listed = {PurePosixPath(file).parts[:2] for file in self.manifest.files}
+        found = (p for folder in OWNED for p in (self.path / folder).glob("*"))
+        unlisted = [p for p in found if (p.parent.name, p.name) not in listed]
+        for path in [*unlisted, self.path / STAGE]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _checked(self, relative: str, record: FileRecord, verify: bool = True) -> Path:
+        if problem := problem_of(self.path / relative, record, verify):
+            raise ValueError(
+                f"{problem}: restore the file from a copy of the library, or remove its domain with "
+                f"`axolotl brainstacks-library {self.path} remove DOMAIN` and train it again"
+            )
+        return self.path / relative
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text())
+        return f"pid {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its pid is unknown"

@@ -1,0 +1,263 @@
+"""What `manifest.json` of a library says: the base model, the stacks in order, the domains, the router."""
+
+import hashlib
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION: Final = 1
+DOMAIN_PATTERN = r"^[a-z][a-z0-9_]{0,31}$"
+STACK_PATTERN = r"^s[0-9]{3,}_[a-z][a-z0-9_]{0,31}$"
+
+# Set by the way a model is loaded, saved or trained; they say nothing about what its linear layers compute. Axolotl
+# itself raises max_position_embeddings, takes special tokens from the tokenizer and grows the vocabulary for new ones.
+VOLATILE_KEYS = {
+    *("architectures", "bos_token_id", "dtype", "eos_token_id", "gradient_checkpointing", "id2label", "label2id"),
+    *("max_position_embeddings", "name_or_path", "num_labels", "pad_token_id", "problem_type", "quantization_config"),
+    *("return_dict", "torch_dtype", "transformers_version", "use_cache", "vocab_size"),
+}
+FINGERPRINT_SAMPLES = 32
+# bf16 rounds by at most 0.2 % of a value, and none of 32 values exceeds sqrt(32) = 5.7 times their RMS: 1.1 % of it.
+FINGERPRINT_TOLERANCE = 0.02
+
+
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path:
+        raise ValueError(f"path {path!r} is not a relative path inside the library")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+DomainName = Annotated[str, Field(pattern=DOMAIN_PATTERN)]
+StackName = Annotated[str, Field(pattern=STACK_PATTERN)]
+
+
+class _Entry(BaseModel):
+    # A round that diverged has a NaN loss; plain JSON has no number for it and Pydantic's default writes null.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class FileRecord(_Entry):
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    sha256: str
+    bytes: int
+
+
+class BaseModelInfo(_Entry):
+    """The model that the stacks were trained on: name, hash of its architecture, fingerprint of its weights."""
+
+    name: str
+    revision: str | None = None
+    config_hash: str
+    fingerprint: list[float]
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", name: str, revision: str | None = None) -> Self:
+        """Describe a loaded model, in any dtype, quantised or not.
+
+        The fingerprint is 32 entries of the input embedding, in fp32, from its first 2,000 rows (a resized vocabulary
+        keeps them). Under ZeRO-3 this gathers the embedding, so every rank has to call it.
+        """
+        config = json.dumps(_stable(model.config.to_dict()), sort_keys=True, default=str)
+        weight = model.get_input_embeddings().get_parameter("weight")
+        with _gathered(weight):
+            rows = [(17 + 61 * i) % weight.shape[0] for i in range(FINGERPRINT_SAMPLES)]
+            columns = [(5 + 37 * i) % weight.shape[1] for i in range(FINGERPRINT_SAMPLES)]
+            fingerprint = weight.detach()[rows, columns].float().tolist()
+        config_hash = hashlib.sha256(config.encode()).hexdigest()
+        return cls(name=name, revision=revision, config_hash=config_hash, fingerprint=fingerprint)
+
+    def check(self, other: Self) -> None:
+        """Raise a ValueError naming both models unless `other` is the same model as this one."""
+        advice = f"set base_model to {self.name}, or name another folder in brainstacks.library"
+        if other.config_hash != self.config_hash:
+            raise ValueError(
+                f"the library was trained on {self.title}, but {other.title} has another architecture: {advice}"
+            )
+        rms = math.sqrt(sum(v * v for v in self.fingerprint) / len(self.fingerprint))
+        worst = max(abs(a - b) for a, b in zip(self.fingerprint, other.fingerprint, strict=True))
+        # Not `worst > limit`: a NaN in either model has to be refused too.
+        if not worst <= FINGERPRINT_TOLERANCE * rms:
+            raise ValueError(
+                f"the library was trained on {self.title}, but {other.title} has the same architecture with other "
+                f"weights (embeddings differ by {worst / rms if rms else math.inf:.0%} of their RMS): {advice}"
+            )
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+class RoundRecord(_Entry):
+    """One round of residual boosting. Losses are mean validation losses per answer token, in nats."""
+
+    round: int
+    kept: bool
+    stack: StackName | None = None
+    loss_before: float
+    loss_after: float
+    steps: int
+    stop_reason: str
+    metrics: dict[str, float] = {}
+
+
+class StackEntry(_Entry):
+    """One frozen stack; `files` are relative to its folder `stacks/<name>`."""
+
+    name: StackName
+    domain: DomainName
+    round: int
+    files: dict[RelativePath, FileRecord]
+
+
+class NullSpaceEntry(_Entry):
+    """The basis a domain was trained against; `energy` is the share of delta energy captured, `capacity_left` the
+    smallest share of output dimensions left over all projections."""
+
+    file: RelativePath
+    record: FileRecord
+    columns: int
+    energy: float
+    capacity_left: float
+
+
+class DomainEntry(_Entry):
+    """One domain; `context` names the stacks that were on while it trained, its own ones included.
+
+    `validation` is the record of `validation/<name>.safetensors`: the rows that all its losses are measured on.
+    """
+
+    name: DomainName
+    base_loss: float
+    validation: FileRecord | None = None
+    context: list[StackName] = []
+    rounds: list[RoundRecord] = []
+    nullspace: NullSpaceEntry | None = None
+    done: bool = False
+    soft: bool = False
+
+    @property
+    def last_loss(self) -> float:
+        """The validation loss after the last round that was kept."""
+        return next((r.loss_after for r in reversed(self.rounds) if r.kept), self.base_loss)
+
+
+class RouterEntry(_Entry):
+    """The fitted router; `files` are relative to the library. Stale: a domain it knows was removed since."""
+
+    files: dict[RelativePath, FileRecord]
+    domains: list[DomainName]
+    stale: bool = False
+
+
+class Manifest(_Entry):
+    """The whole of `manifest.json`. `next_stack` only grows, so the name of a removed stack is never given again."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    base: BaseModelInfo
+    stacks: list[StackEntry] = []
+    domains: list[DomainEntry] = []
+    router: RouterEntry | None = None
+    next_stack: int = 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        stacks = [s.name for s in self.stacks]
+        domains = [d.name for d in self.domains]
+        for kind, names in (("stack", stacks), ("domain", domains)):
+            if twice := {n for n in names if names.count(n) > 1}:
+                raise ValueError(f"{kind} {min(twice)!r} is listed twice")
+        for stack in self.stacks:
+            if stack.domain not in domains:
+                raise ValueError(f"stack {stack.name!r} belongs to domain {stack.domain!r}, which is not listed")
+            if int(stack.name[1:].partition("_")[0]) >= self.next_stack:
+                raise ValueError(f"next_stack is {self.next_stack}, but stack {stack.name!r} exists")
+        return self
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read a library's manifest. Raises ValueError when it is missing, damaged, or of another schema version."""
+        path = folder / MANIFEST
+        mend = "restore it from a copy of the library, or train into a new folder"
+        if not path.is_file():
+            raise ValueError(f"{folder} is not a library (no {MANIFEST}): check the path, or train a library first")
+        try:
+            data = json.loads(path.read_bytes())
+            version = data["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the manifest of a library ({error!r}): {mend}") from error
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path} has schema_version {version!r}, and this axolotl-brainstacks reads {SCHEMA_VERSION}: "
+                "install the version that wrote it, `pip install -U axolotl-brainstacks` for the newest"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "its entries"
+            raise ValueError(f"{path} is damaged at {where} ({first['msg']}): {mend}") from error
+
+    @property
+    def files(self) -> dict[str, FileRecord]:
+        """Every file that the library answers for, by its path relative to the library."""
+        files = {f"stacks/{s.name}/{file}": record for s in self.stacks for file, record in s.files.items()}
+        files |= {d.nullspace.file: d.nullspace.record for d in self.domains if d.nullspace}
+        files |= {f"validation/{d.name}.safetensors": d.validation for d in self.domains if d.validation}
+        return files | (self.router.files if self.router else {})
+
+    def domain(self, name: str) -> DomainEntry:
+        for entry in self.domains:
+            if entry.name == name:
+                return entry
+        known = ", ".join(d.name for d in self.domains) or "no domain yet"
+        raise ValueError(f"domain {name!r} is not in the library, which has {known}: check the name")
+
+    def stack(self, name: str) -> StackEntry:
+        for entry in self.stacks:
+            if entry.name == name:
+                return entry
+        known = ", ".join(s.name for s in self.stacks) or "no stack yet"
+        raise ValueError(f"stack {name!r} is not in the library, which has {known}: check the name")
+
+    def next_stack_name(self, domain: str) -> str:
+        return f"s{self.next_stack:03d}_{domain}"
+
+    def dependents(self, name: str) -> list[str]:
+        """The other domains that were trained with stacks of this one on, and change when they go."""
+        self.domain(name)
+        own = {s.name for s in self.stacks if s.domain == name}
+        return [d.name for d in self.domains if d.name != name and own.intersection(d.context)]
+
+
+def _stable(value: Any) -> Any:
+    """A model config without volatile keys. None and False go too: keys new in Transformers start so."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _stable(item)
+        for key, item in value.items()
+        if str(key) not in VOLATILE_KEYS
+        and not str(key).startswith(("_", "output_"))
+        and item is not None
+        and item is not False
+    }
+
+
+def _gathered(weight: "Tensor") -> AbstractContextManager[Any]:
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(weight)

@@ -1,0 +1,66 @@
+"""Axolotl's hooks. Each hands over to the part of the package that does the work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+
+if TYPE_CHECKING:
+    from axolotl.common.datasets import TrainDatasetMeta
+    from axolotl.utils.dict import DictDefault
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, Trainer
+
+    from axolotl_brainstacks.curriculum.plan import Plan
+
+ADAPTER = "brainstacks"
+
+
+class BrainstacksPlugin(BasePlugin):
+    """Inert unless the config says `adapter: brainstacks`; then `plan` holds the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan: Plan | None = None
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=ADAPTER)]
+
+    def get_input_args(self) -> str:
+        return "axolotl_brainstacks.args.BrainstacksArgs"
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        self.plan = None
+        if cfg.get("adapter") == ADAPTER:
+            from axolotl_brainstacks.curriculum.plan import Plan
+
+            self.plan = Plan.prepare(cfg)
+        elif cfg.get("brainstacks"):
+            raise ValueError(
+                f"`brainstacks:` is set but `adapter:` is {cfg.get('adapter') or 'missing'}; write `adapter: brainstacks`"
+            )
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
+        return self.plan.load_stages() if self.plan else None
+
+    def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
+        if self.plan:
+            # Until here Axolotl had to see one of its own adapters, or it would not have quantised the base.
+            cfg.adapter = ADAPTER
+
+    def load_adapter(
+        self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
+    ) -> tuple[PeftModel, PeftConfig] | None:
+        if self.plan is None:
+            return None
+        from axolotl_brainstacks.curriculum.build import build_adapter
+
+        return build_adapter(model, cfg, self.plan)
+
+    def get_trainer_cls(self, cfg: DictDefault) -> type[Trainer] | None:
+        if self.plan is None or self.plan.inside_stage:
+            return None
+        from axolotl_brainstacks.curriculum.conductor import conductor_class
+
+        return conductor_class(self.plan)
