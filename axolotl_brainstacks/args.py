@@ -33,12 +33,14 @@ class NullSpaceArgs(_Strict):
     )
 
 
-class RouterArgs(_Strict):
-    """How routes are read off the router's probabilities."""
+class GateArgs(_Strict):
+    """How weights are read off the router's probabilities; stored with a fitted router."""
 
     gate_threshold: float = Field(0.12, ge=0, le=1, description="Domains below this probability stay off.")
+    weights: Literal["soft", "hard"] = Field(
+        "soft", description="Whether a domain that is on weighs its probability, or 1."
+    )
     floors: dict[str, float] = Field(default_factory=dict, description="Least weight of a domain.")
-    soft_domains: list[str] = Field(default_factory=list, description="Domains that count half when they help at all.")
 
     @field_validator("floors")
     @classmethod
@@ -47,6 +49,50 @@ class RouterArgs(_Strict):
             if not 0 <= floor <= 1:
                 raise ValueError(f"brainstacks.router.floors.{domain} is {floor}; a floor must be in [0, 1]")
         return floors
+
+
+class DiscoveryArgs(_Strict):
+    """What the best set of domains of a prompt is, and on which prompts it is measured (paper section 1)."""
+
+    search: Literal["greedy", "exhaustive"] = Field(
+        "greedy", description="Grow the set domain by domain, or try all 2^D sets (up to 8 domains)."
+    )
+    samples: int = Field(200, ge=3, description="Most prompts per domain.")
+    min_gain: float = Field(0.01, ge=0, description="A domain joins a set that lowers the loss by more than this.")
+    soft_domains: list[str] = Field(default_factory=list, description="Domains that count half when they help at all.")
+    label_blend: float = Field(0.2, ge=0, le=1, description="Share of a prompt's own domain in its target.")
+    mixed_datasets: list[dict[str, Any]] | None = Field(
+        None, description="Prompts that belong to several domains, as ordinary entries of `datasets:`."
+    )
+    mixed_pairs: int = Field(32, ge=0, description="Joined unseen prompts to evaluate on when none are named.")
+
+
+class FitArgs(_Strict):
+    """The router's network and its training (paper section 1)."""
+
+    width: int = Field(512, ge=2, description="Width of the projected tokens.")
+    max_tokens: int = Field(256, ge=1, description="Tokens of a prompt that the router reads, counted from its end.")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    epochs: int = Field(8, ge=1)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(8e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    confidence_coef: float = Field(0.05, ge=0, description="Weight of the penalty on undecided probabilities.")
+    confidence_margin: float = Field(0.3, ge=0, le=0.5, description="Undecided: closer to 0.5 than this.")
+    score: tuple[float, float, float] = Field(
+        (0.50, 0.35, -0.15), description="Weights of top-1, set match and BCE by which the best epoch is chosen."
+    )
+    validation_share: float = Field(0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch.")
+    test_share: float = Field(0.15, gt=0, lt=0.5, description="Share of prompts never fitted on.")
+    seed: int = 42
+
+
+class RouterArgs(GateArgs, DiscoveryArgs, FitArgs):
+    """The `brainstacks.router:` block, flat."""
+
+    def gate(self) -> GateArgs:
+        return GateArgs.model_validate(self.model_dump(include=set(GateArgs.model_fields)))
 
 
 class SampleArgs(_Strict):

@@ -1,0 +1,152 @@
+"""A fitted router: in memory, on disk in a library, and the route it gives each row of a batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from axolotl_brainstacks.args import GateArgs
+from axolotl_brainstacks.library import Library, Manifest, RouterEntry
+from axolotl_brainstacks.routing.features import MAX_TOKENS
+from axolotl_brainstacks.routing.gate import gate
+from axolotl_brainstacks.routing.network import OutcomeRouter
+from axolotl_brainstacks.storage import json_to_bytes, load_tensors, problem_of, tensors_to_bytes
+
+CONFIG = "router/router_config.json"
+WEIGHTS = "router/router.safetensors"
+
+
+class RouterConfig(BaseModel):
+    """`router_config.json`: the network's shape, what it is fed, and how its probabilities become weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    domains: list[str]
+    features: int
+    width: int
+    dropout: float
+    max_tokens: int = MAX_TOKENS
+    gate: GateArgs
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a batch of prompts is answered with; domains in the router's order.
+
+    weights: (rows, domains), factor of each domain's stacks. probabilities: (rows, domains). uncovered: (rows,), bool:
+    the router claims the prompt for no domain.
+    """
+
+    weights: Tensor
+    probabilities: Tensor
+    uncovered: Tensor
+
+
+class Stack(Protocol):
+    """A frozen stack, as attached to a model or as listed in a manifest."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def domain(self) -> str: ...
+
+
+@dataclass
+class Router:
+    """The network and what belongs to it."""
+
+    network: OutcomeRouter
+    config: RouterConfig
+
+    @classmethod
+    def fresh(cls, config: RouterConfig, seed: int) -> Router:
+        """A router with random weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = OutcomeRouter(config.features, len(config.domains), config.width, config.dropout)
+        return cls(network, config)
+
+    @property
+    def domains(self) -> list[str]:
+        return self.config.domains
+
+    @torch.no_grad()
+    def route(self, hidden: Tensor, mask: Tensor) -> Route:
+        """The route of every row: `hidden` (rows, tokens, features) and `mask` (rows, tokens) of `base_features`.
+
+        The network is moved to the features' device once.
+        """
+        self.network.to(hidden.device).eval()
+        probabilities = self.network(hidden, mask).sigmoid()
+        weights, uncovered = gate(probabilities, self.domains, self.config.gate)
+        return Route(weights, probabilities, uncovered)
+
+    def stack_weights(self, route: Route, stacks: Iterable[Stack]) -> tuple[list[str], Tensor]:
+        """Names and weights (rows, names) of the stacks that a route needs, for `use_stacks`; see `spread`."""
+        return spread(route.weights, self.domains, stacks)
+
+    # On disk
+
+    def save(self, library: Library) -> None:
+        """Make this the library's router. Raises ValueError when the library is being written by another process."""
+        config = json_to_bytes(self.config.model_dump())
+        weights = tensors_to_bytes(dict(self.network.state_dict()), "the router")
+        with library.writing():
+            files = {CONFIG: library.write_file(CONFIG, config), WEIGHTS: library.write_file(WEIGHTS, weights)}
+            library.set_router(RouterEntry(files=files, domains=self.domains))
+
+    @classmethod
+    def load(cls, library: Library) -> Router:
+        """The library's router, on the CPU.
+
+        Raises:
+            ValueError: if there is none, it is stale, knows other domains than the library, or its files are damaged.
+        """
+        mend = "run `axolotl brainstacks-router` on its YAML"
+        entry, domains = library.manifest.router, routable_domains(library.manifest)
+        if entry is None:
+            raise ValueError(f"{library.path} has no router: {mend}")
+        if entry.stale:
+            raise ValueError(f"the router of {library.path} is stale, its domains have changed since: {mend} again")
+        if set(entry.domains) != set(domains):
+            raise ValueError(
+                f"the router of {library.path} knows {', '.join(entry.domains)}, but the library has "
+                f"{', '.join(domains) or 'no finished domain'}: {mend} again"
+            )
+        for file, record in entry.files.items():
+            if problem := problem_of(library.path / file, record):
+                raise ValueError(f"{problem}: {mend} again")
+        try:
+            config = RouterConfig.model_validate(json.loads((library.path / CONFIG).read_bytes()))
+            router = cls.fresh(config, seed=0)
+            router.network.load_state_dict(load_tensors(library.path / WEIGHTS))
+        except (OSError, ValidationError, RuntimeError) as error:
+            raise ValueError(f"the router of {library.path} was written by another version: {mend} again") from error
+        return router
+
+
+def spread(weights: Tensor, domains: list[str], stacks: Iterable[Stack]) -> tuple[list[str], Tensor]:
+    """A domain's weight goes to all of its stacks (paper section 1).
+
+    Args:
+        weights: (rows, domains), in the order of `domains`.
+        stacks: in the library's order.
+
+    Returns:
+        names of the stacks that any row needs, weights (rows, names).
+    """
+    used = {domain: column for column, domain in enumerate(domains) if bool((weights[:, column] != 0).any())}
+    needed = [stack for stack in stacks if stack.domain in used]
+    return [stack.name for stack in needed], weights[:, [used[stack.domain] for stack in needed]]
+
+
+def routable_domains(manifest: Manifest) -> list[str]:
+    """The finished domains that have a stack, in the library's order; a domain whose rounds all failed has none."""
+    with_stacks = {stack.domain for stack in manifest.stacks}
+    return [entry.name for entry in manifest.domains if entry.done and entry.name in with_stacks]
