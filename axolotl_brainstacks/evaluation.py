@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
@@ -84,19 +86,38 @@ def my_batches(rows: Sequence[Row], batch_size: int, device: torch.device) -> It
 
 
 @torch.no_grad()
+def batch_losses(model: nn.Module, batch: Batch) -> list[tuple[float, int]]:
+    """Per row: summed cross-entropy over its answer tokens in fp32, nats, and their number.
+
+    The vocabulary's logits are computed only at positions that some row's answer reads, where the model can do that.
+    """
+    targets = batch.labels[:, 1:]
+    read = (targets != IGNORED).any(0).nonzero().squeeze(1)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        logits = model(**inputs, logits_to_keep=read).logits
+    else:
+        logits = model(**inputs).logits[:, read]
+    losses = []
+    for row_logits, row_targets in zip(logits, targets[:, read], strict=True):
+        answers = row_targets != IGNORED
+        loss = F.cross_entropy(row_logits[answers].float(), row_targets[answers], reduction="sum")
+        losses.append((float(loss), int(answers.sum())))
+    return losses
+
+
+@torch.no_grad()
 def row_losses(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[tuple[float, int]]:
-    """Per row: summed cross-entropy over its answer tokens in fp32, and their number. Equal on every rank."""
+    """Per row: `batch_losses`. Equal on every rank."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     mine: dict[int, tuple[float, int]] = {}
     for start, batch in my_batches(rows, batch_size, device):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        for offset, (row_logits, row_labels) in enumerate(zip(logits[:, :-1], batch.labels[:, 1:], strict=True)):
-            answers = row_labels != IGNORED
-            loss = F.cross_entropy(row_logits[answers].float(), row_labels[answers], reduction="sum")
-            if start is not None:
-                mine[start + offset] = float(loss), int(answers.sum())
+        losses = batch_losses(model, batch)
+        if start is not None:
+            mine.update(enumerate(losses, start))
     model.train(was_training)
     everything: dict[int, tuple[float, int]] = {}
     for part in gather_objects(mine):
