@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-DOMAIN_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
+DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
 class _Strict(BaseModel):
@@ -17,28 +19,32 @@ class _Strict(BaseModel):
 class BoostingArgs(_Strict):
     """Inner loop: how many stacks a domain gets, and when a round ends early (paper section 1)."""
 
-    max_rounds: int = Field(2, ge=1, description="Most stacks per domain.")
-    min_loss_delta: float = Field(0.002, ge=0, description="Stop when a round gains less validation loss than this.")
-    patience: int = Field(4, ge=1, description="End a round after so many evaluations without gain.")
-    spike_threshold: float = Field(0.1, gt=0, description="End a round when the loss exceeds its best by this.")
+    max_rounds: int = Field(default=2, ge=1, description="Most stacks per domain.")
+    min_loss_delta: float = Field(
+        default=0.002, ge=0, description="Stop when a round gains less validation loss than this."
+    )
+    patience: int = Field(default=4, ge=1, description="End a round after so many evaluations without gain.")
+    spike_threshold: float = Field(default=0.1, gt=0, description="End a round when the loss exceeds its best by this.")
 
 
 class NullSpaceArgs(_Strict):
     """How far a domain is kept out of the directions of earlier ones."""
 
-    directions: int = Field(64, ge=0, description="Most columns a domain adds per projection; 0 turns projection off.")
-    samples: int = Field(400, ge=1, description="Validation rows of earlier domains to fit on, in all.")
+    directions: int = Field(
+        default=64, ge=0, description="Most columns a domain adds per projection; 0 turns projection off."
+    )
+    samples: int = Field(default=400, ge=1, description="Validation rows of earlier domains to fit on, in all.")
     min_capacity: float = Field(
-        0.25, ge=0, le=1, description="Warn when a smaller share of a projection's output space is left."
+        default=0.25, ge=0, le=1, description="Warn when a smaller share of a projection's output space is left."
     )
 
 
 class GateArgs(_Strict):
     """How weights are read off the router's probabilities; stored with a fitted router."""
 
-    gate_threshold: float = Field(0.12, ge=0, le=1, description="Domains below this probability stay off.")
+    gate_threshold: float = Field(default=0.12, ge=0, le=1, description="Domains below this probability stay off.")
     weights: Literal["soft", "hard"] = Field(
-        "soft", description="Whether a domain that is on weighs its probability, or 1."
+        default="soft", description="Whether a domain that is on weighs its probability, or 1."
     )
     floors: dict[str, float] = Field(default_factory=dict, description="Least weight of a domain.")
 
@@ -55,36 +61,41 @@ class DiscoveryArgs(_Strict):
     """What the best set of domains of a prompt is, and on which prompts it is measured (paper section 1)."""
 
     search: Literal["greedy", "exhaustive"] = Field(
-        "greedy", description="Grow the set domain by domain, or try all 2^D sets (up to 8 domains)."
+        default="greedy", description="Grow the set domain by domain, or try all 2^D sets (up to 8 domains)."
     )
-    samples: int = Field(200, ge=3, description="Most prompts per domain.")
-    min_gain: float = Field(0.01, ge=0, description="A domain joins a set that lowers the loss by more than this.")
+    samples: int = Field(default=200, ge=3, description="Most prompts per domain.")
+    min_gain: float = Field(
+        default=0.01, ge=0, description="A domain joins a set that lowers the loss by more than this."
+    )
     soft_domains: list[str] = Field(default_factory=list, description="Domains that count half when they help at all.")
-    label_blend: float = Field(0.2, ge=0, le=1, description="Share of a prompt's own domain in its target.")
+    label_blend: float = Field(default=0.2, ge=0, le=1, description="Share of a prompt's own domain in its target.")
     mixed_datasets: list[dict[str, Any]] | None = Field(
-        None, description="Prompts that belong to several domains, as ordinary entries of `datasets:`."
+        default=None, description="Prompts that belong to several domains, as ordinary entries of `datasets:`."
     )
-    mixed_pairs: int = Field(32, ge=0, description="Joined unseen prompts to evaluate on when none are named.")
+    mixed_pairs: int = Field(default=32, ge=0, description="Joined unseen prompts to evaluate on when none are named.")
 
 
 class FitArgs(_Strict):
     """The router's network and its training (paper section 1)."""
 
-    width: int = Field(512, ge=2, description="Width of the projected tokens.")
-    max_tokens: int = Field(256, ge=1, description="Tokens of a prompt that the router reads, counted from its end.")
-    dropout: float = Field(0.1, ge=0, lt=1)
-    epochs: int = Field(8, ge=1)
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(8e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    confidence_coef: float = Field(0.05, ge=0, description="Weight of the penalty on undecided probabilities.")
-    confidence_margin: float = Field(0.3, ge=0, le=0.5, description="Undecided: closer to 0.5 than this.")
-    score: tuple[float, float, float] = Field(
-        (0.50, 0.35, -0.15), description="Weights of top-1, set match and BCE by which the best epoch is chosen."
+    width: int = Field(default=512, ge=2, description="Width of the projected tokens.")
+    max_tokens: int = Field(
+        default=256, ge=1, description="Tokens of a prompt that the router reads, counted from its end."
     )
-    validation_share: float = Field(0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch.")
-    test_share: float = Field(0.15, gt=0, lt=0.5, description="Share of prompts never fitted on.")
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    epochs: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=8e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    confidence_coef: float = Field(default=0.05, ge=0, description="Weight of the penalty on undecided probabilities.")
+    confidence_margin: float = Field(default=0.3, ge=0, le=0.5, description="Undecided: closer to 0.5 than this.")
+    score: tuple[float, float, float] = Field(
+        default=(0.50, 0.35, -0.15),
+        description="Weights of top-1, set match and BCE by which the best epoch is chosen.",
+    )
+    validation_share: float = Field(default=0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch.")
+    test_share: float = Field(default=0.15, gt=0, lt=0.5, description="Share of prompts never fitted on.")
     seed: int = 42
 
 
@@ -98,8 +109,8 @@ class RouterArgs(GateArgs, DiscoveryArgs, FitArgs):
 class SampleArgs(_Strict):
     """Answers written to report/samples.jsonl after every stack, to read what it learned."""
 
-    prompts: int = Field(2, ge=0, description="Validation prompts to answer; 0 turns samples off.")
-    max_new_tokens: int = Field(48, ge=1)
+    prompts: int = Field(default=2, ge=0, description="Validation prompts to answer; 0 turns samples off.")
+    max_new_tokens: int = Field(default=48, ge=1)
 
 
 class DomainArgs(BaseModel):
@@ -117,21 +128,23 @@ class DomainArgs(BaseModel):
 class BrainstacksBlock(_Strict):
     """The `brainstacks:` block."""
 
-    library: str | None = Field(None, description="Folder of the library; default output_dir/library.")
-    num_experts: int = Field(4, ge=1)
-    top_k: int = Field(2, ge=1)
+    library: str | None = Field(default=None, description="Folder of the library; default output_dir/library.")
+    num_experts: int = Field(default=4, ge=1)
+    top_k: int = Field(default=2, ge=1)
     noisy_gate: bool = True
-    balance_coef: float = Field(0.01, ge=0)
+    balance_coef: float = Field(default=0.01, ge=0)
     context: Literal["curriculum", "isolated"] = Field(
-        "curriculum", description="Whether earlier domains' stacks are on while a new one trains."
+        default="curriculum", description="Whether earlier domains' stacks are on while a new one trains."
     )
-    eval_rows: int = Field(256, ge=1, description="Validation rows per domain kept in the library for measuring.")
+    eval_rows: int = Field(
+        default=256, ge=1, description="Validation rows per domain kept in the library for measuring."
+    )
     boosting: BoostingArgs = Field(default_factory=BoostingArgs)
     null_space: NullSpaceArgs = Field(default_factory=NullSpaceArgs)
     router: RouterArgs = Field(default_factory=RouterArgs)
     samples: SampleArgs = Field(default_factory=SampleArgs)
-    domain: str | None = Field(None, description="Train one domain on the top-level `datasets:`.")
-    domains: list[DomainArgs] | None = Field(None, description="The curriculum, in order.")
+    domain: str | None = Field(default=None, description="Train one domain on the top-level `datasets:`.")
+    domains: list[DomainArgs] | None = Field(default=None, description="The curriculum, in order.")
 
     @model_validator(mode="after")
     def _consistent(self) -> BrainstacksBlock:
@@ -147,10 +160,10 @@ class BrainstacksBlock(_Strict):
             )
         names = [domain.name for domain in self.curriculum]
         for name in names:
-            if not DOMAIN_NAME.match(name):
+            if not DOMAIN_NAME.fullmatch(name):
                 raise ValueError(
-                    f"brainstacks.domains: `{name}` cannot be a domain's name; use lower-case letters, digits and _, "
-                    "a letter first, 32 characters at most"
+                    f"brainstacks.{'domains' if self.domains else 'domain'}: `{name}` cannot be a domain's name; use "
+                    "lower-case letters, digits and _, a letter first, 32 characters at most"
                 )
             if names.count(name) > 1:
                 raise ValueError(f"brainstacks.domains: `{name}` is there twice; give each domain a name of its own")
@@ -161,8 +174,48 @@ class BrainstacksBlock(_Strict):
         """The domains to train, in order; the one-domain form is a curriculum of one."""
         return self.domains or [DomainArgs(name=self.domain or "")]
 
+    @classmethod
+    def parse(cls, block: Any) -> BrainstacksBlock:
+        """Validate the block of a YAML. Raises ValueError in one sentence per mistake, each naming its key."""
+        try:
+            return cls.model_validate(block)
+        except ValidationError as error:
+            raise ValueError(explain(error, "brainstacks", cls)) from None
+
 
 class BrainstacksArgs(BaseModel):
     """What the plugin adds to Axolotl's config schema."""
 
     brainstacks: BrainstacksBlock | None = None
+
+
+def explain(error: ValidationError, root: str, model: type[BaseModel]) -> str:
+    """What Pydantic found wrong, without its dump of the input: one sentence per mistake, under its key's path."""
+    sentences = []
+    for mistake in error.errors(include_url=False):
+        path = ".".join(filter(None, [root, *map(str, mistake["loc"])]))
+        value, message = mistake["input"], mistake["msg"].removeprefix("Value error, ")
+        shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        match mistake["type"]:
+            case "value_error":
+                sentences.append(message)
+            case "missing":
+                sentences.append(f"`{path}` is missing")
+            case "extra_forbidden":
+                sentences.append(f"`{path}` is not a key{_did_you_mean(model, mistake['loc'])}")
+            case _:
+                sentences.append(f"`{path}` is {shown}: {message}")
+    return "; ".join(sentences)
+
+
+def _did_you_mean(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    for part in path[:-1]:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        assert issubclass(model, BaseModel), "only blocks forbid unknown keys, and lists hold no such block"
+    return nearest(str(path[-1]), model.model_fields)
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown key: the known one most like it, if any."""
+    close = difflib.get_close_matches(key, list(known), 1)
+    return f"; did you mean `{close[0]}`?" if close else ""

@@ -16,6 +16,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_brainstacks.adapter.model import PROJECTIONS
 from axolotl_brainstacks.args import BrainstacksBlock
+from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid
 from axolotl_brainstacks.library import Library
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ _REFUSED = {
     "unfrozen_parameters": "the base model is shared by all domains and must stay as it is",
     "rl": "put `rl:` into the entry of the domain it is for, under `brainstacks.domains`",
 }
-_EVALUATION = ("eval_steps", "evals_per_epoch", "eval_strategy")
-_SAVING = ("save_steps", "saves_per_epoch", "save_strategy")
-_EXCLUSIVE = (_EVALUATION, _SAVING, ("val_set_size", "test_datasets"), ("max_steps", "num_epochs"))
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
@@ -62,7 +60,8 @@ class Plan:
     def prepare(cls, cfg: DictDefault) -> Plan:
         """Check what can be checked on the raw config, and turn `cfg` into one that Axolotl treats as (Q)LoRA.
 
-        Axolotl quantises, prepares for k-bit training and enables gradient checkpointing for its own adapter names only.
+        Axolotl quantises, prepares for k-bit training and enables gradient checkpointing for its own adapter names
+        only.
 
         Raises:
             ValueError: naming the key, its value, and the mend.
@@ -72,33 +71,19 @@ class Plan:
                 raise ValueError(f"`{key}` cannot be used with `adapter: brainstacks`: {reason}")
         if not cfg.get("brainstacks"):
             raise ValueError("`adapter: brainstacks` needs a `brainstacks:` block with `domains:` or `domain:`")
-        block = BrainstacksBlock.model_validate(_plain(cfg["brainstacks"]))
+        block = BrainstacksBlock.parse(_plain(cfg["brainstacks"]))
         _fill_defaults(cfg)
-        if cfg["lora_r"] < 1:
+        if not isinstance(cfg["lora_r"], int) or cfg["lora_r"] < 1:
             raise ValueError(f"`lora_r` is {cfg['lora_r']}; a stack needs a rank of at least 1 (the paper uses 16)")
+        for domain in block.curriculum:
+            check_overlay(domain)
+            if not domain.overlay.get("datasets") and not cfg.get("datasets"):
+                where = f"domain `{domain.name}` of brainstacks.domains" if block.domains else "the top level"
+                raise ValueError(f"`datasets:` is missing in {where}; without data there is nothing to learn")
         library_path = Path(block.library or Path(cfg.get("output_dir") or "./model-out") / "library")
         plan = cls(_plain(cfg), block, library_path, bool(cfg.get("inference")))
-        if not plan.inference:
-            plan._check_library()
         plan._disguise(cfg)
         return plan
-
-    def _check_library(self) -> None:
-        if not Library.exists(self.library_path):
-            return
-        library = Library.open(self.library_path)
-        for problem in library.verify():
-            raise ValueError(f"The library {self.library_path} is damaged: {problem}")
-        finished = {entry.name for entry in library.manifest.domains if entry.done}
-        if self.block.domain in finished:
-            raise ValueError(
-                f"brainstacks.domain: `{self.block.domain}` is already in the library {self.library_path}; choose "
-                f"another name, or remove it with `axolotl brainstacks-library {self.library_path} remove "
-                f"{self.block.domain}`"
-            )
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            with library.writing():
-                pass
 
     def _disguise(self, cfg: DictDefault) -> None:
         """Axolotl's base config: its own adapter name, and the first supervised domain's datasets to validate with."""
@@ -123,9 +108,7 @@ class Plan:
 
         from axolotl_brainstacks.curriculum.stages import load_domains
 
-        done = set()
-        if Library.exists(self.library_path):
-            done = {entry.name for entry in Library.open(self.library_path).manifest.domains if entry.done}
+        done = self._done_domains()
         todo = [domain for domain in self.block.curriculum if domain.name not in done]
         if not todo:
             names = ", ".join(domain.name for domain in self.block.curriculum)
@@ -134,6 +117,29 @@ class Plan:
         self.stages = load_domains(self.raw, todo, self.block)
         first = self.stages[0]
         return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
+
+    def _done_domains(self) -> set[str]:
+        """The domains that the library holds already. Raises ValueError if it is damaged or being written."""
+        if not Library.exists(self.library_path):
+            return set()
+        library = Library.open(self.library_path)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            # In this order: entering removes what a killed writer left behind, which is no damage.
+            with library.writing():
+                problems = library.verify()
+            if problems:
+                raise ValueError(
+                    f"The library is damaged: {problems[0]}; restore the file from a copy, or remove its domain with "
+                    f"`axolotl brainstacks-library {self.library_path} remove DOMAIN` and train it again"
+                )
+        done = {entry.name for entry in library.manifest.domains if entry.done}
+        if self.block.domain in done:
+            raise ValueError(
+                f"brainstacks.domain: `{self.block.domain}` is already in the library {self.library_path}; choose "
+                f"another name, or remove it with `axolotl brainstacks-library {self.library_path} remove "
+                f"{self.block.domain}`"
+            )
+        return done
 
     @contextmanager
     def stage(self, cfg: DictDefault) -> Iterator[None]:
@@ -155,19 +161,6 @@ def _plain(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def overlaid(raw: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """The base config with a domain's keys laid over it; a key also replaces those that Axolotl does not allow beside it."""
-    merged = copy.deepcopy(raw)
-    for group in _EXCLUSIVE:
-        if any(key in overlay for key in group):
-            for key in group:
-                merged.pop(key, None)
-    merged |= copy.deepcopy(overlay)
-    if merged.get("val_set_size") is None and not merged.get("test_datasets"):
-        merged["val_set_size"] = 0.05
-    return merged
-
-
 def _fill_defaults(cfg: DictDefault) -> None:
     for key, default in {
         "lora_r": 16,
@@ -185,7 +178,7 @@ def _fill_defaults(cfg: DictDefault) -> None:
         if cfg.get(kernel):
             LOG.warning("`%s` is switched off: the fused LoRA kernels know nothing of stacks", kernel)
         cfg[kernel] = False
-    if not any(cfg.get(key) for key in _EVALUATION):
+    if not any(cfg.get(key) for key in EVALUATION):
         cfg["eval_steps"] = 0.1
-    if not any(cfg.get(key) for key in _SAVING):
+    if not any(cfg.get(key) for key in SAVING):
         cfg["save_steps"] = 0.2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +14,13 @@ from axolotl.utils.config import normalize_cfg_datasets, normalize_config, valid
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
+from pydantic import ValidationError
 
-from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs
-from axolotl_brainstacks.curriculum.plan import overlaid
+from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs, explain
+from axolotl_brainstacks.curriculum.overlay import overlaid
 from axolotl_brainstacks.evaluation import IGNORED, Row
 
 LOG = get_logger(__name__)
-
-# The model, its precision and the engine are set up once for all stages.
-_LOAD_TIME = (
-    "adapter|base_model|base_model_config|revision_of_model|tokenizer_config|tokenizer_type|type_of_model|model_type|"
-    "processor_type|load_in_4bit|load_in_8bit|bf16|fp16|tf32|bfloat16|float16|deepspeed|fsdp|fsdp_config|attn_implementation|"
-    "flash_attention|sdp_attention|xformers_attention|flex_attention|sample_packing|gradient_checkpointing|"
-    "gradient_checkpointing_kwargs|lora_r|lora_alpha|lora_dropout|lora_target_modules|lora_target_linear|special_tokens|"
-    "added_tokens_overrides|chat_template|plugins|output_dir|brainstacks|torch_compile|ddp|use_ray|seed"
-).split("|")
 
 
 @dataclass
@@ -48,26 +39,15 @@ def stage_config(raw: dict[str, Any], domain: DomainArgs) -> DictDefault:
     """The complete, validated config of one domain.
 
     Raises:
-        ValueError: for a key that Axolotl does not know, that cannot differ by domain, or a value it refuses.
+        ValueError: naming the keys whose values Axolotl refuses.
     """
-    fields = set(merge_input_args()[1].model_fields)
-    for key in domain.overlay:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, 1)
-            hint = f"; did you mean `{close[0]}`?" if close else ""
-            raise ValueError(f"brainstacks.domains: `{key}` of domain `{domain.name}` is no Axolotl key{hint}")
-        if key in _LOAD_TIME:
-            raise ValueError(
-                f"brainstacks.domains: `{key}` of domain `{domain.name}` is the same for all domains; move it to the top level"
-            )
     merged = overlaid({key: value for key, value in raw.items() if key != "brainstacks"}, domain.overlay)
-    if not merged.get("datasets"):
-        raise ValueError(f"brainstacks.domains: domain `{domain.name}` has no `datasets:`, and neither has the top level")
     capabilities, env_capabilities = gpu_capabilities()
     try:
         cfg = validate_config(DictDefault(merged), capabilities=capabilities, env_capabilities=env_capabilities)
-    except ValueError as error:
-        raise ValueError(f"brainstacks.domains: the config of domain `{domain.name}` is not valid: {error}") from error
+    except ValidationError as error:
+        mistakes = explain(error, "", merge_input_args()[1])
+        raise ValueError(f"The config of domain `{domain.name}` is not valid: {mistakes}") from None
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)
     return cfg
