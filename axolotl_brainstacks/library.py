@@ -122,11 +122,18 @@ class Library:
             manifest.domain(domain).rounds.append(record)
 
     def add_stack(
-        self, domain: str, round: int, config: dict[str, Any], tensors: dict[str, Tensor], record: RoundRecord
+        self,
+        domain: str,
+        round: int,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        record: RoundRecord,
+        context: list[str] | None = None,
     ) -> StackEntry:
         """Freeze a stack: a plain PEFT folder `stacks/<name>`, listed last in the manifest with its round's record.
 
-        `config` is the PEFT config (sets become sorted lists), `tensors` the adapter's state dict on any device. Raises
+        `config` is the PEFT config (sets become sorted lists), `tensors` the adapter's state dict on any device,
+        `context` the stacks that were on while it trained; its own name is added. Raises
         ValueError for a non-finite tensor or an all-zero B, OSError when the disk is full; then nothing has changed.
         """
         assert record.kept and record.round == round, record
@@ -146,6 +153,7 @@ class Library:
             entry = StackEntry(name=name, domain=domain, round=round, files=files)
             manifest.stacks.append(entry)
             manifest.domain(domain).rounds.append(record.model_copy(update={"stack": name}))
+            manifest.domain(domain).context = [*(context or []), name]
             manifest.next_stack += 1
         return entry
 

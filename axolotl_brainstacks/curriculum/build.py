@@ -30,7 +30,9 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
     keep_cpu_4bit_trainable(model)
     if plan.inference:
         if not Library.exists(plan.library_path):
-            raise ValueError(f"There is no library at {plan.library_path}; run `axolotl train` first, or set `brainstacks.library`")
+            raise ValueError(
+                f"There is no library at {plan.library_path}; run `axolotl train` first, or set `brainstacks.library`"
+            )
         peft_model = PeftModel.from_pretrained(model, str(plan.library_path))
         return peft_model, peft_model.peft_config[TRAINED]
     config = stack_config(cfg, plan)
@@ -78,4 +80,4 @@ def keep_cpu_4bit_trainable(model: nn.Module) -> None:
     """bitsandbytes repacks NF4 weights at the first evaluation on a CPU, after which no gradient passes them."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010

@@ -23,7 +23,8 @@ def release(trainer: Trainer) -> None:
         for module in trainer.model.modules():
             for key in _ZERO3_STATE:
                 module.__dict__.pop(key, None)
-    trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
+    trainer.model_wrapped = None  # type: ignore[assignment]
+    trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
     handler = trainer.callback_handler
     handler.model = handler.optimizer = handler.lr_scheduler = None
     handler.train_dataloader = handler.eval_dataloader = None

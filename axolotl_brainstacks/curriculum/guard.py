@@ -39,9 +39,9 @@ class Guard(TrainerCallback):
         self.stop_reason = "finished"
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        loss = metrics.get("eval_loss", math.nan)
+        loss = kwargs["metrics"].get("eval_loss", math.nan)
         self.evaluated_step = state.global_step
         if loss < self.best_loss:
             self.best_loss, self.best, self.evaluations_without_gain = loss, self._snapshot(), 0
@@ -54,11 +54,9 @@ class Guard(TrainerCallback):
         elif self.evaluations_without_gain >= self.rules.patience:
             self._stop(control, "patience")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        values = [value for key, value in logs.items() if key.endswith(("loss", "grad_norm")) and isinstance(value, float)]
-        if not all(map(math.isfinite, values)):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        watched = [value for key, value in kwargs["logs"].items() if key.endswith(("loss", "grad_norm"))]
+        if not all(math.isfinite(value) for value in watched if isinstance(value, float)):
             self._stop(control, "non-finite loss")
 
     def _stop(self, control: TrainerControl, reason: str) -> None:
@@ -70,7 +68,7 @@ class Guard(TrainerCallback):
         """Complete the checkpoint; the state file comes last, and without it the checkpoint does not count."""
         if not is_main():
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.best is not None:
             save_file(self.best, folder / WEIGHTS_FILE)
         own = {

@@ -24,7 +24,7 @@ def name_metrics(trainer: Trainer, tuner: BrainstacksModel, domain: str, round_n
             args, state, control, {key if key == "epoch" else prefix + key: value for key, value in named.items()}
         )
 
-    handler.on_log = on_log
+    setattr(handler, "on_log", on_log)  # noqa: B010
     for layer in tuner.layers():
         layer.balance_scale = 1.0 / trainer.args.gradient_accumulation_steps
         layer.statistics = None

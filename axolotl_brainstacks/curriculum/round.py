@@ -84,9 +84,7 @@ class Round(TrainerCallback):
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.runner.start_domain(self.stage)
         self._set_null_space(args)
         rounds = on_main(lambda: self.runner.library.manifest.domain(self.stage.name).rounds)
@@ -156,7 +154,13 @@ class Round(TrainerCallback):
             steps=trainer.state.global_step, stop_reason=guard.stop_reason, metrics=metrics,
         )  # fmt: skip
         if not kept:
-            LOG.warning("%s, round %d: loss %.4f is no better than %.4f before it; dropped", name, self.number, loss_after, self.loss_before)
+            LOG.warning(
+                "%s, round %d: loss %.4f is no better than %.4f before it; dropped",
+                name,
+                self.number,
+                loss_after,
+                self.loss_before,
+            )
             self.tuner.detach_stack(frozen)
             return runner.record(self.stage, record, None)
         LOG.info("%s, round %d: validation loss %.4f -> %.4f", name, self.number, self.loss_before, loss_after)

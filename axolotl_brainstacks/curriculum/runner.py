@@ -139,13 +139,14 @@ class CurriculumRunner:
     def record(self, stage: DomainStage, record: RoundRecord, tensors: dict[str, Any] | None) -> RoundRecord:
         """Write a round into the library; a kept one with its stack. Returns the record as stored."""
 
+        context = self.context_of(stage.name)[:-1]
+
         def write() -> RoundRecord:
             if tensors is None:
                 self.library.record_round(stage.name, record)
             else:
                 config = self.model.peft_config[TRAINED].to_dict() | {"inference_mode": True}
-                self.library.add_stack(stage.name, record.round, config, tensors, record)
-                self.library.update_domain(stage.name, context=self.context_of(stage.name))
+                self.library.add_stack(stage.name, record.round, config, tensors, record, context)
             return self.library.manifest.domain(stage.name).rounds[-1]
 
         return on_main(write)
@@ -186,7 +187,13 @@ class CurriculumRunner:
 
         on_main(write)
         for name, loss in row["own_stacks"].items():
-            LOG.info("After %s: %s loss %.4f with its own stacks, %.4f with all", stage.name, name, loss, row["all_stacks"][name])
+            LOG.info(
+                "After %s: %s loss %.4f with its own stacks, %.4f with all",
+                stage.name,
+                name,
+                loss,
+                row["all_stacks"][name],
+            )
 
     def _append(self, relative: str, lines: list[dict[str, Any]]) -> None:
         path = self.library.path / relative
