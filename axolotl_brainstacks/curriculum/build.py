@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import bitsandbytes as bnb
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -41,6 +42,7 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
         attach_library(tuner(peft_model), Library.open(plan.library_path), cfg.base_model)
     if is_main():
         peft_model.print_trainable_parameters()
+        report_quantization(tuner(peft_model), cfg)
     return peft_model, config
 
 
@@ -74,6 +76,22 @@ def tuner(peft_model: PeftModel) -> BrainstacksModel:
 def relative_library(plan: Plan, folder: Path) -> str:
     """The library's path as `adapter_config.json` in `folder` names it, so that both can be moved together."""
     return str(plan.library_path.resolve().relative_to(folder.resolve(), walk_up=True))
+
+
+def report_quantization(model: BrainstacksModel, cfg: DictDefault) -> None:
+    """Say how many wrapped projections are quantised.
+
+    Raises:
+        ValueError: if quantisation was asked for and none is: training would silently take many times the memory.
+    """
+    if not (cfg.load_in_4bit or cfg.load_in_8bit):
+        return
+    bits, kind = (4, bnb.nn.Linear4bit) if cfg.load_in_4bit else (8, bnb.nn.Linear8bitLt)
+    layers = [layer.get_base_layer() for layer in model.layers()]
+    count = sum(isinstance(layer, kind) for layer in layers)
+    LOG.info("%d-bit layers: %d of %d wrapped projections", bits, count, len(layers))
+    if not count:
+        raise ValueError(f"`load_in_{bits}bit: true` is set but the base model was loaded without quantisation")
 
 
 def keep_cpu_4bit_trainable(model: nn.Module) -> None:

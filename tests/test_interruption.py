@@ -1,0 +1,64 @@
+"""Kill training anywhere: the next run finishes, the library is whole, and it is the one an undisturbed run makes."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from axolotl_brainstacks.library import Library
+from processes import start_train, train
+from test_curriculum import curriculum_config
+
+KILLS = int(os.environ.get("BRAINSTACKS_KILLS", "5"))
+
+
+def contents(library: Path) -> dict[str, Any]:
+    """What a library holds: hashes of all stacks, null spaces and rows, and every loss."""
+    manifest = json.loads((library / "manifest.json").read_text())
+    forgetting = json.loads((library / "report/forgetting.json").read_text())
+    files = sorted(path for folder in ("stacks", "nullspace", "validation") for path in (library / folder).rglob("*.safetensors"))
+    hashes = {str(path.relative_to(library)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {"domains": manifest["domains"], "hashes": hashes, "forgetting": forgetting}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, float]:
+    """A config, the library of a run of it, and that run's seconds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = curriculum_config(tiny_llama_dir, folder, ["chat", "code"])
+    train(config, folder)
+    shutil.rmtree(folder / "out")
+    start = time.monotonic()
+    train(config, folder)
+    return config, folder / "out" / "library", time.monotonic() - start
+
+
+def test_two_runs_make_the_same_library(undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path) -> None:
+    config, library, _ = undisturbed
+    train(config | {"output_dir": str(tmp_path / "out")}, tmp_path)
+    assert contents(tmp_path / "out" / "library") == contents(library)
+
+
+@pytest.mark.parametrize("attempt", range(KILLS))
+def test_killed_runs_finish_with_the_same_library(
+    undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path, attempt: int
+) -> None:
+    config, library, seconds = undisturbed
+    config = config | {"output_dir": str(tmp_path / "out")}
+    for _ in range(2):
+        process = start_train(config, tmp_path)
+        process.join(Random().uniform(0.2, 1.0) * seconds)
+        process.kill()
+        process.join()
+        if Library.exists(tmp_path / "out" / "library"):
+            Library.open(tmp_path / "out" / "library")
+    train(config, tmp_path)
+    finished = Library.open(tmp_path / "out" / "library")
+    assert finished.verify() == []
+    assert contents(finished.path) == contents(library)
+    assert not list((tmp_path / "out").glob("stages/*"))
