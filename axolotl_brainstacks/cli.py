@@ -9,14 +9,18 @@ if TYPE_CHECKING:
     from axolotl_brainstacks.library import Library
 
 
-class _Commands(click.Group):
-    """A group whose commands end user errors with one line instead of a traceback."""
+class _OneLineErrors(click.Command):
+    """Ends user errors with one line instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
+
+
+class _Commands(_OneLineErrors, click.Group):
+    """A group whose commands do so."""
 
 
 def _open(ctx: click.Context) -> "Library":
@@ -97,3 +101,32 @@ def remove(ctx: click.Context, domain: str, yes: bool) -> None:
         opened.remove_domain(domain)
         stale = opened.manifest.router is not None
     click.echo(f"Removed {domain}." + (" Fit the router again: axolotl brainstacks-router CONFIG" if stale else ""))
+
+
+@click.command(
+    cls=_OneLineErrors,
+    short_help="discover, fit and evaluate the router of a library of brainstacks",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--launcher",
+    type=click.Choice(["accelerate", "torchrun", "python"]),
+    default="python",
+    show_default=True,
+    help="What starts the processes; its own arguments follow after `--`.",
+)
+@click.pass_context
+def router(ctx: click.Context, config: str, launcher: str) -> None:
+    """Measure which stacks answer which prompts best, and fit the router of the library that CONFIG names."""
+    if launcher == "python":
+        from axolotl_brainstacks.routing.command import run
+
+        run(config)
+        return
+    import subprocess
+
+    from axolotl.cli.main import LAUNCHER_COMMAND_MAPPING
+
+    worker = [*LAUNCHER_COMMAND_MAPPING[launcher], *ctx.args, "-m", "axolotl_brainstacks.routing.command", config]
+    ctx.exit(subprocess.run(worker).returncode)

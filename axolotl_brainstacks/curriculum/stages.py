@@ -73,13 +73,13 @@ def _load(name: str, cfg: DictDefault, block: BrainstacksBlock) -> DomainStage:
             f"Domain `{name}` has no validation row, and without a validation loss no round can be judged; raise "
             f"`val_set_size` (now {cfg.val_set_size}) or name `test_datasets:`"
         )
-    rows = _rows(meta.eval_dataset, cfg, block.eval_rows)
+    rows = answer_rows(meta.eval_dataset, cfg, block.eval_rows)
     if not any(label != IGNORED for row in rows for label in row.labels[1:]):
         raise ValueError(f"No validation row of domain `{name}` has an answer token to predict; check its `type:`")
     return DomainStage(name, cfg, meta.train_dataset, meta.eval_dataset, meta.total_num_steps, rows)
 
 
-def _rows(dataset: Dataset, cfg: DictDefault, limit: int) -> list[Row]:
+def answer_rows(dataset: Dataset, cfg: DictDefault, limit: int) -> list[Row]:
     """The first rows with an answer. Of preference pairs, the chosen answer counts."""
     if "input_ids" in dataset.column_names:
         candidates = (Row(list(row["input_ids"]), list(row["labels"])) for row in dataset)

@@ -1,0 +1,120 @@
+"""Trains the router on discovered targets (paper section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from axolotl_brainstacks.args import DiscoveryArgs, FitArgs
+from axolotl_brainstacks.routing.features import pad_right
+from axolotl_brainstacks.routing.router import Router
+from axolotl_brainstacks.routing.search import DomainSet
+
+
+def target(
+    losses: Mapping[DomainSet, float],
+    best: DomainSet,
+    labels: Sequence[str],
+    domains: Sequence[str],
+    args: DiscoveryArgs,
+) -> list[float]:
+    """What the router should answer for a prompt, per domain.
+
+    Discovered: 1 in the best set; 0.5 for a soft domain that is not in it but, alone, beats the base by any amount.
+    Then blended with the prompt's own labels, if it has any.
+    """
+
+    def discovered(domain: str) -> float:
+        helps = domain in args.soft_domains and losses[(domain,)] < losses[()]
+        return 1.0 if domain in best else 0.5 if helps else 0.0
+
+    blend = args.label_blend if labels else 0.0
+    return [(1 - blend) * discovered(domain) + blend * (domain in labels) for domain in domains]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What one part of the split is fitted or scored on: features (tokens, features) each, targets (rows, domains)."""
+
+    features: list[Tensor]
+    targets: Tensor
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (rows, tokens, features), mask (rows, tokens), targets (rows, domains)."""
+        hidden, mask = pad_right([self.features[i] for i in indices])
+        return hidden.to(device), mask.to(device), self.targets[list(indices)].to(device)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well probabilities match targets.
+
+    top1: share of prompts whose most probable domain has the highest target. set_match: share for which the domains at
+    0.5 or above are those whose targets are. bce: mean binary cross-entropy, nats.
+    """
+
+    top1: float
+    set_match: float
+    bce: float
+
+    @classmethod
+    def of(cls, probabilities: Tensor, targets: Tensor) -> Score:
+        """Both (rows, domains), on the same device."""
+        picked = targets.gather(1, probabilities.argmax(1, keepdim=True)).squeeze(1)
+        return cls(
+            top1=float((picked == targets.max(1).values).float().mean()),
+            set_match=float(((probabilities >= 0.5) == (targets >= 0.5)).all(1).float().mean()),
+            bce=float(F.binary_cross_entropy(probabilities, targets)),
+        )
+
+    def total(self, weights: tuple[float, float, float]) -> float:
+        return weights[0] * self.top1 + weights[1] * self.set_match + weights[2] * self.bce
+
+
+def fit(router: Router, train: Prompts, validation: Prompts, args: FitArgs, device: torch.device) -> list[Score]:
+    """Train the router in place and leave it with the weights of its best epoch; validation scores of all epochs.
+
+    The same seed, data and device give the same weights.
+    """
+    network = router.network.to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    count = len(train.features)
+    steps = args.epochs * -(-count // args.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scores: list[Score] = []
+    best = deepcopy(network.state_dict())
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        for _ in range(args.epochs):
+            network.train()
+            for indices in torch.randperm(count).split(args.batch_size):
+                hidden, mask, targets = train.batch(indices.tolist(), device)
+                loss = objective(network(hidden, mask), targets, args)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+            scores.append(Score.of(probabilities(router, validation, args.batch_size, device), validation.targets))
+            if scores[-1].total(args.score) >= max(score.total(args.score) for score in scores):
+                best = deepcopy(network.state_dict())
+    network.load_state_dict(best)
+    return scores
+
+
+def objective(logits: Tensor, targets: Tensor, args: FitArgs) -> Tensor:
+    """BCE, and a hinge that pushes probabilities out of the undecided band around 0.5; both (rows, domains)."""
+    undecided = F.relu(args.confidence_margin - (logits.sigmoid() - 0.5).abs()).mean()
+    return F.binary_cross_entropy_with_logits(logits, targets) + args.confidence_coef * undecided
+
+
+def probabilities(router: Router, prompts: Prompts, batch_size: int, device: torch.device) -> Tensor:
+    """The router's probabilities for all prompts, on the CPU: (rows, domains)."""
+    parts = torch.arange(len(prompts.features)).split(batch_size)
+    batches = (prompts.batch(part.tolist(), device) for part in parts)
+    return torch.cat([router.route(hidden, mask).probabilities.cpu() for hidden, mask, _ in batches])
