@@ -8,7 +8,8 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO / "example_configs"))
-os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+# Axolotl's tee around stdout deadlocks with pytest's capture.
+os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "AXOLOTL_TEE_STDOUT": "0"}
 
 from models import tiny_llama  # noqa: E402
 from prepare_demo import prepare_data, prepare_model  # noqa: E402
