@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from random import Random
@@ -62,3 +63,25 @@ def test_killed_runs_finish_with_the_same_library(
     assert finished.verify() == []
     assert contents(finished.path) == contents(library)
     assert not list((tmp_path / "out").glob("stages/*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_with_a_checkpoint(
+    undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path, number: signal.Signals
+) -> None:
+    config, library, _ = undisturbed
+    config = config | {"output_dir": str(tmp_path / "out"), "save_steps": 1000}
+    process = start_train(config, tmp_path)
+    log = tmp_path / "train.log"
+    while not (log.exists() and "round1/loss" in log.read_text()):
+        assert process.is_alive(), log.read_text()[-3000:]
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    assert len(list((tmp_path / "out").glob("stages/chat-1/checkpoint-*/brainstacks_guard.json"))) == 1
+    assert Library.open(tmp_path / "out" / "library").verify() == []
+    train(config, tmp_path)
+    assert "Resuming chat, round 1" in log.read_text()
+    assert contents(tmp_path / "out" / "library") == contents(library)

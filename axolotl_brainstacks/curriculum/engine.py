@@ -10,6 +10,15 @@ from transformers import Trainer
 _ZERO3_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 
 
+def describe(trainer: Trainer) -> str:
+    """One line for the log: what really runs, which a wrong environment can silently change."""
+    engine = trainer.deepspeed
+    kind = type(trainer.model_wrapped).__name__
+    if engine is not None:
+        kind = f"{type(engine).__name__}, ZeRO stage {engine.zero_optimization_stage()}"
+    return f"{trainer.accelerator.num_processes} processes, {kind}"
+
+
 def release(trainer: Trainer) -> None:
     """Destroy the engine, its hooks, and all references that keep the optimiser's memory alive."""
     engine = trainer.deepspeed

@@ -32,14 +32,16 @@ def name_metrics(trainer: Trainer, tuner: BrainstacksModel, domain: str, round_n
 
 def gate_metrics(tuner: BrainstacksModel) -> dict[str, float]:
     """Load balance since the last call: mean loss (1 is perfect), and the least and most used expert of any projection."""
-    rows = []
-    for layer in tuner.layers():
-        if layer.statistics is not None:
-            rows.append(layer.statistics[:-1] / layer.statistics[-1])
-            layer.statistics = None
-    if not rows:
+    counters = [layer.statistics for layer in tuner.layers() if layer.statistics is not None]
+    if not counters:
         return {}
-    table = torch.stack(rows).cpu()
+    sums = torch.stack([counter.cpu() for counter in counters])
+    for counter in counters:
+        counter.zero_()
+    sums = sums[sums[:, -1] > 0]
+    if not len(sums):
+        return {}
+    table = sums[:, :-1] / sums[:, -1:]
     return {
         "balance_loss": float(table[:, -1].mean()),
         "expert_use_min": float(table[:, :-1].min()),

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.calibration import Calibration, fit_null_space, merge_columns
 from axolotl_brainstacks.curriculum.build import TRAINED
-from axolotl_brainstacks.curriculum.engine import release
+from axolotl_brainstacks.curriculum.engine import describe, release
 from axolotl_brainstacks.curriculum.guard import Guard, last_complete_checkpoint
 from axolotl_brainstacks.curriculum.metrics import name_metrics
 from axolotl_brainstacks.curriculum.stages import DomainStage
@@ -41,18 +41,20 @@ class Round(TrainerCallback):
 
     def train(self) -> RoundRecord:
         """Train, judge and record this round; also resumes it from its last complete checkpoint."""
+        self.runner.interruption.leave_if_received()
         cfg = self._config()
         with self.runner.plan.stage(cfg):
             self.tuner.reset_stack(TRAINED, cfg.seed)
             self.tuner.use_stacks(self.runner.context_of(self.stage.name))
             set_seed(cfg.seed)
             guard = Guard(self.tuner, TRAINED, self.runner.plan.block.boosting)
-            trainer = self._trainer(cfg, guard)
+            trainer = self.trainer = self._trainer(cfg, guard)
             checkpoint = on_main(lambda: last_complete_checkpoint(Path(cfg.output_dir)))
             if checkpoint is not None:
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
                 guard.resume(checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self.runner.interruption.leave_if_received()
             if guard.evaluated_step != trainer.state.global_step:
                 trainer.evaluate()
             guard.restore_best()
@@ -60,6 +62,7 @@ class Round(TrainerCallback):
             if self.runner.is_over([record]):
                 self.runner.finish_domain(self.stage)
             release(trainer)
+            del self.trainer, trainer
         on_main(lambda: shutil.rmtree(cfg.output_dir, ignore_errors=True))
         return record
 
@@ -80,11 +83,12 @@ class Round(TrainerCallback):
             total_num_steps=self.stage.total_steps,
         )
         PluginManager.get_instance().post_trainer_create(cfg, trainer)
-        trainer.callback_handler.callbacks[:0] = [self, guard]
+        trainer.callback_handler.callbacks[:0] = [self, guard, self.runner.interruption]
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        LOG.info("Stage %s, round %d: %s", self.stage.name, self.number, describe(self.trainer))
         self.runner.start_domain(self.stage)
         self._set_null_space(args)
         rounds = on_main(lambda: self.runner.library.manifest.domain(self.stage.name).rounds)

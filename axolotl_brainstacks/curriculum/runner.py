@@ -18,6 +18,7 @@ from axolotl_brainstacks.curriculum.build import TRAINED, relative_library, tune
 from axolotl_brainstacks.curriculum.forgetting import Measured, forgetting_row
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.round import Round
+from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.curriculum.stages import DomainStage
 from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.evaluation import Row, answer, mean_loss, pack_rows, unpack_rows
@@ -36,11 +37,13 @@ class CurriculumRunner:
         self.plan, self.model, self.tokenizer = plan, model, tokenizer
         self.tuner = tuner(model)
         self.output_dir = Path(plan.raw["output_dir"])
+        self.interruption = Interruption()
         self.library: Library
 
     def run(self) -> None:
         base = BaseModelInfo.of(self.tuner.model, self.plan.raw["base_model"], self.plan.raw.get("revision_of_model"))
         with ExitStack() as stack:
+            stack.enter_context(self.interruption.watching())
             on_main(lambda: self._open(base, stack))
             for number, stage in enumerate(self.plan.stages, start=1):
                 LOG.info("Domain %s (%d of %d)", stage.name, number, len(self.plan.stages))
