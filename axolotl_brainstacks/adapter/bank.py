@@ -2,11 +2,14 @@
 
 A segment holds consecutive stacks of equal shape: their gate and A rows concatenated, their B matrices concatenated, so
 that two matmuls serve them all. The gates scale the activations in rank space, between the two.
+
+What a selection computes depends, to the last bit, on the stacks that are on alone: not on what else the bank holds, nor
+on the order in which stacks came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +29,23 @@ class StackShape:
     scaling: float
 
 
+@dataclass(frozen=True)
+class StackTensors:
+    """One stack of one projection, as its file holds it.
+
+    a: (2 * experts + experts * r, in), rows W_r, W_n, A. b: (out, experts * r).
+    segment, place: which run of equal shapes it belongs to, and its number among all stacks, both counted in the order
+    in which the stacks were trained.
+    """
+
+    name: str
+    shape: StackShape
+    a: Tensor
+    b: Tensor
+    segment: int
+    place: int
+
+
 class BankSegment(nn.Module):
     """Consecutive frozen stacks of one shape. Weights are non-persistent buffers: never trained, never in checkpoints.
 
@@ -36,44 +56,62 @@ class BankSegment(nn.Module):
 
     inputs: Tensor
     outputs: Tensor
-    picked_inputs: Tensor | None
-    picked_outputs: Tensor | None
 
-    def __init__(self, shape: StackShape, name: str, inputs: Tensor, outputs: Tensor) -> None:
+    def __init__(self, shape: StackShape, inputs: Tensor, outputs: Tensor) -> None:
         super().__init__()
         self.shape = shape
-        self.names = [name]
-        self.register_buffer("inputs", inputs.unsqueeze(0), persistent=False)
-        self.register_buffer("outputs", outputs.unsqueeze(0), persistent=False)
-        self.register_buffer("picked_inputs", None, persistent=False)
-        self.register_buffer("picked_outputs", None, persistent=False)
-        self.on = slice(0, 1)
+        self.names: list[str] = []
+        self.places: list[int] = []
+        self.register_buffer("inputs", inputs, persistent=False)
+        self.register_buffer("outputs", outputs, persistent=False)
+        self.on = slice(0, 0)
         self.row_weights: Tensor | None = None
 
-    def append(self, name: str, inputs: Tensor, outputs: Tensor) -> None:
-        self.names.append(name)
-        self.inputs = torch.cat([self.inputs, inputs.unsqueeze(0)])
-        self.outputs = torch.cat([self.outputs, outputs.unsqueeze(0)])
+    @classmethod
+    def empty(cls, first: StackTensors, device: torch.device | None, dtype: torch.dtype | None) -> BankSegment:
+        """A segment for stacks like `first`, without any."""
+        rows, ranks = first.a.shape[0] - first.shape.num_experts, first.b.shape[1]
+        inputs = torch.empty(0, rows, first.a.shape[1], device=device, dtype=dtype)
+        return cls(first.shape, inputs, torch.empty(0, ranks, first.b.shape[0], device=device, dtype=dtype))
 
-    def remove(self, name: str) -> None:
-        keep = [i for i, other in enumerate(self.names) if other != name]
-        self.names = [self.names[i] for i in keep]
-        self.inputs, self.outputs = self.inputs[keep], self.outputs[keep]
+    def change(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
+        """Take stacks out and in; nothing is on then. New tensors are copied once, straight from where they are."""
+        kept = [i for i, name in enumerate(self.names) if name not in gone]
+        inputs = self.inputs.new_empty(len(kept) + len(new), *self.inputs.shape[1:])
+        outputs = self.outputs.new_empty(len(kept) + len(new), *self.outputs.shape[1:])
+        for slot, i in enumerate(kept):
+            inputs[slot].copy_(self.inputs[i])
+            outputs[slot].copy_(self.outputs[i])
+        n = self.shape.num_experts
+        for slot, stack in enumerate(new, len(kept)):
+            inputs[slot, :n].copy_(stack.a[:n])
+            inputs[slot, n:].copy_(stack.a[2 * n :])
+            outputs[slot].copy_(stack.b.T)
+        self.inputs, self.outputs = inputs, outputs
+        self.names = [self.names[i] for i in kept] + [stack.name for stack in new]
+        self.places = [self.places[i] for i in kept] + [stack.place for stack in new]
+        self.on, self.row_weights = slice(0, 0), None
 
     def select(self, on: Sequence[str], weights: Tensor | None) -> None:
         """Switch on the stacks of `on`; `weights` (rows, len(on)) or None for 1 everywhere.
 
-        A contiguous run is a view: with the same stacks on, the same bytes are multiplied in the same way whatever was
-        appended later, and the result is the same to the last bit.
+        Those that are on are neighbours in the tensors, in the order of their places: a view serves them, and the same
+        bytes are multiplied in the same way whatever else is held.
         """
-        indices = [i for i, name in enumerate(self.names) if name in on]
-        self.picked_inputs = self.picked_outputs = None
-        self.on = slice(indices[0], indices[-1] + 1) if indices else slice(0, 0)
-        if len(indices) != self.on.stop - self.on.start:
-            self.picked_inputs, self.picked_outputs = self.inputs[indices], self.outputs[indices]
+        wanted = [i for i, name in enumerate(self.names) if name in on]
+        wanted.sort(key=lambda i: self.places[i])
+        if wanted and wanted != list(range(wanted[0], wanted[0] + len(wanted))):
+            self._reorder(wanted + [i for i in range(len(self.names)) if i not in wanted])
+            wanted = list(range(len(wanted)))
+        self.on = slice(wanted[0], wanted[-1] + 1) if wanted else slice(0, 0)
         self.row_weights = None
-        if weights is not None and indices:
-            self.row_weights = weights[:, [on.index(self.names[i]) for i in indices]]
+        if weights is not None and wanted:
+            columns = [on.index(self.names[i]) for i in wanted]
+            self.row_weights = weights[:, columns].to(self.inputs.device, torch.float32)
+
+    def _reorder(self, order: list[int]) -> None:
+        self.inputs, self.outputs = self.inputs[order], self.outputs[order]
+        self.names, self.places = [self.names[i] for i in order], [self.places[i] for i in order]
 
     @property
     def active(self) -> bool:
@@ -81,8 +119,6 @@ class BankSegment(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The inputs and outputs of the stacks that are on."""
-        if self.picked_inputs is not None and self.picked_outputs is not None:
-            return self.picked_inputs, self.picked_outputs
         return self.inputs[self.on], self.outputs[self.on]
 
     def activations(self, x: Tensor, inputs: Tensor) -> Tensor:
@@ -105,11 +141,12 @@ class BankSegment(nn.Module):
 
 
 class StackBank(nn.Module):
-    """The frozen stacks of one projection, in the order they were attached."""
+    """The frozen stacks of one projection."""
 
     def __init__(self) -> None:
         super().__init__()
         self.segments = nn.ModuleList()
+        self.numbers: list[int] = []  # of the segments, ascending
         self.observer: Callable[[Tensor], None] | None = None
 
     @property
@@ -123,18 +160,33 @@ class StackBank(nn.Module):
     def _segments(self) -> list[BankSegment]:
         return [segment for segment in self.segments if isinstance(segment, BankSegment)]
 
-    def append(self, name: str, shape: StackShape, inputs: Tensor, outputs: Tensor) -> None:
-        """Attach one stack: `inputs` (experts + experts * r, in), `outputs` (experts * r, out)."""
-        last = self._segments()[-1] if self.segments else None
-        if last is not None and last.shape == shape:
-            last.append(name, inputs, outputs)
-        else:
-            self.segments.append(BankSegment(shape, name, inputs, outputs))
+    def next_place(self, shape: StackShape) -> tuple[int, int]:
+        """Segment and place of a stack that comes after all that are held."""
+        if not self.segments:
+            return 0, 0
+        last = self._segments()[-1]
+        return self.numbers[-1] + (last.shape != shape), max(last.places) + 1
+
+    def change(
+        self,
+        gone: Collection[str],
+        new: Sequence[StackTensors] = (),
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take stacks out and in, kept as `dtype` on `device`; a segment that changes has no stack on afterwards."""
+        segments = dict(zip(self.numbers, self._segments(), strict=True))
+        for number in sorted({*segments, *(stack.segment for stack in new)}):
+            mine = [stack for stack in new if stack.segment == number]
+            if number not in segments:
+                segments[number] = BankSegment.empty(mine[0], device, dtype)
+            if mine or any(name in gone for name in segments[number].names):
+                segments[number].change(gone, mine)
+        self.numbers = sorted(number for number, segment in segments.items() if segment.names)
+        self.segments = nn.ModuleList(segments[number] for number in self.numbers)
 
     def remove(self, name: str) -> None:
-        for segment in self._segments():
-            segment.remove(name)
-        self.segments = nn.ModuleList(segment for segment in self._segments() if segment.names)
+        self.change({name})
 
     def select(self, on: Sequence[str], weights: Tensor | None = None) -> None:
         for segment in self._segments():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
-from axolotl_brainstacks.adapter.bank import StackBank, StackShape
+from axolotl_brainstacks.adapter.bank import StackBank, StackShape, StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.gating import add_loss, balance_loss, expert_use, noisy_logits, top_k_gates
-from axolotl_brainstacks.distributed import gathered
+from axolotl_brainstacks.distributed import gathered, whole
 from axolotl_brainstacks.nullspace import project_out
 
 
@@ -29,10 +30,10 @@ class OutputProjection(nn.Linear):
 
     def effective_weight(self) -> Tensor:
         """What is multiplied, and what is frozen at the end: the same in training, evaluation and inference."""
-        return self.weight if self.basis is None else project_out(self.weight, self.basis.to(self.weight.dtype))
+        return self.weight if self.basis is None else project_out(self.weight, self.basis)
 
     def forward(self, z: Tensor) -> Tensor:
-        return F.linear(z, self.effective_weight())
+        return F.linear(z, self.effective_weight().to(z.dtype))
 
 
 class BrainstacksLayer(nn.Module, BaseTunerLayer):
@@ -51,7 +52,8 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.module_name = module_name
         in_features, out_features = _get_in_out_features(base_layer)
-        if in_features is None or out_features is None:
+        no_linear = isinstance(base_layer, nn.Embedding | nn.modules.conv._ConvNd | nn.MultiheadAttention)
+        if in_features is None or out_features is None or no_linear:
             raise ValueError(f"Brainstacks cannot wrap {module_name}: {type(base_layer).__name__} is no linear layer")
         self.in_features, self.out_features = in_features, out_features
         self.brainstacks_A = nn.ModuleDict()
@@ -62,7 +64,8 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         self.bank = StackBank()
         # A micro-batch's share in the optimiser step: the trainer's loss is divided likewise.
         self.balance_scale = 1.0
-        # Sums over training forwards: expert use (experts), balance loss, number of forwards.
+        # Sums over training forwards: expert use (experts), balance loss, number of forwards. To be reset with `zero_`:
+        # a checkpointed layer that is compiled may add to a tensor, but not set an attribute.
         self.statistics: Tensor | None = None
 
     def update_layer(self, adapter_name: str, config: BrainstacksConfig) -> None:
@@ -97,35 +100,55 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def export_stack(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """CPU copies of A and of the B that acts, i.e. folded into the null space's complement."""
-        a, b = self.brainstacks_A[adapter_name].weight, self.brainstacks_B[adapter_name]
-        with gathered([a, b.weight]):
-            return a.detach().cpu().clone(), b.effective_weight().detach().cpu().clone()
+        """CPU copies of A and of the B that acts, in fp32.
 
-    @torch.no_grad()
-    def attach(self, name: str, config: BrainstacksConfig, a: Tensor, b: Tensor) -> None:
-        """Add a frozen stack from `a` and `b` as they are on disk, in the base layer's compute dtype and on its device.
+        B is folded into the null space's complement in fp64: nothing leaks, however little of it the fold leaves.
+        """
+        a, b = (whole(side[adapter_name].weight) for side in (self.brainstacks_A, self.brainstacks_B))
+        basis = self.brainstacks_B[adapter_name].basis
+        if basis is not None:
+            b = project_out(b.double(), basis.cpu().double())
+        return a.float(), b.float()
+
+    def stack_shape(self, name: str, config: BrainstacksConfig, a: Tensor, b: Tensor) -> StackShape:
+        """The shape of a stack with the tensors `a` and `b`.
 
         Raises:
-            ValueError: if a shape does not fit this projection.
+            ValueError: if they do not fit this projection.
         """
-        n, r = config.num_experts, b.shape[1] // config.num_experts
+        n, r = config.num_experts, config.r
         if tuple(a.shape) != (2 * n + n * r, self.in_features) or tuple(b.shape) != (self.out_features, n * r):
             raise ValueError(
                 f"Stack {name}: tensors of {self.module_name} have shapes {tuple(a.shape)} and {tuple(b.shape)}, which do "
-                f"not fit a projection {self.in_features} -> {self.out_features} with {n} experts"
+                f"not fit a projection {self.in_features} -> {self.out_features} with {n} experts of rank {r}"
             )
+        return StackShape(r, n, config.top_k, config.scaling)
+
+    def attach(self, name: str, config: BrainstacksConfig, a: Tensor, b: Tensor) -> None:
+        """Add a frozen stack after all others, from `a` and `b` as they are on disk. Raises as `stack_shape` does."""
+        shape = self.stack_shape(name, config, a, b)
+        segment, place = self.bank.next_place(shape)
+        self.hold((), [StackTensors(name, shape, a, b, segment, place)])
+
+    @torch.no_grad()
+    def hold(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
+        """Take frozen stacks out and in; they are kept in the base layer's compute dtype and on its device."""
+        device, dtype = self._bank_device_and_dtype()
+        self.bank.change(gone, new, device, dtype)
+
+    def bank_bytes(self, shape: StackShape) -> int:
+        """Memory that a stack takes in the bank."""
+        ranks = shape.num_experts * shape.r
+        numbers = (shape.num_experts + ranks) * self.in_features + ranks * self.out_features
+        return numbers * self._bank_device_and_dtype()[1].itemsize
+
+    def _bank_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype]:
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is None or not dtype.is_floating_point:
             dtype = torch.float16 if dtype is torch.int8 else torch.float32
-        inputs = torch.cat([a[:n], a[2 * n :]]).to(device, dtype)
-        self.bank.append(
-            name, StackShape(r, n, config.top_k, config.scaling), inputs, b.T.contiguous().to(device, dtype)
-        )
+        return device, dtype
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "adapter_names" in kwargs:
-            raise ValueError("Brainstacks routes by stack weights, not by `adapter_names`; see `use_stacks` and `route`")
         y = self.base_layer(x, *args, **kwargs)
         if self.bank.active:
             y = y + self.bank(x).to(y.dtype)
@@ -144,7 +167,8 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         if self.training and self.configs[name].noisy_gate:
             logits = noisy_logits(logits, h[..., n : 2 * n].float())
         gates = top_k_gates(logits, shape.top_k)
-        if self.training and self.configs[name].balance_coef:
+        # Not in the reference passes of DPO, nor in the first pass of reentrant checkpointing: no gradient, no count.
+        if self.training and self.configs[name].balance_coef and torch.is_grad_enabled():
             use = expert_use(gates, shape.top_k)
             loss = balance_loss(logits, use)
             gates = add_loss(gates, loss, self.configs[name].balance_coef * self.balance_scale)
@@ -154,7 +178,9 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
 
     def _count(self, use: Tensor, loss: Tensor) -> None:
         row = torch.cat([use, loss.detach().float().view(1), use.new_ones(1)])
-        self.statistics = row if self.statistics is None else self.statistics + row
+        if self.statistics is None:
+            self.statistics = torch.zeros_like(row)
+        self.statistics.add_(row)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError("A stack's gates depend on the token, so stacks cannot be merged into the base weights")
