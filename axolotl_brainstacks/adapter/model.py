@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer, OutputProjection
+from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.tensors import stack_pairs, stack_tensors
 
 if TYPE_CHECKING:
+    from axolotl_brainstacks.inference import Domains, PromptRoute
     from axolotl_brainstacks.library import Library
+    from axolotl_brainstacks.residency import ResidentStacks
+    from axolotl_brainstacks.routing.router import Router
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.brainstacks_(?P<part>[AB])\.weight$")
+MODES = ("auto", "routed", "ungated", "base")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class BrainstacksModel(BaseTuner):
 
     prefix: str = "brainstacks_"
     tuner_layer_cls = BrainstacksLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, BrainstacksConfig)
@@ -89,12 +93,49 @@ class BrainstacksModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
         return layer
 
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        assert isinstance(config, BrainstacksConfig)
-        if config.library is not None:
-            from axolotl_brainstacks.library import Library
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self._stacks: list[FrozenStack] = []
+        self._on: tuple[list[str], Tensor | None] = [], None
+        self._mode = "auto"
+        # Whether `_on` waits to be switched on, and perhaps read from disk, at the next forward.
+        self._pending = False
+        self._library: str | None = None
+        self.resident: ResidentStacks | None = None
+        self.router: Router | None = None
+        self.show_routes = False
 
-            attach_library(self, Library.open(config.library), model.config._name_or_path)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, BrainstacksConfig)
+        if config.library is not None and config.library != self._library:
+            self._attach_library(config.library, model.config._name_or_path)
+
+    def _attach_library(self, path: str, model_name: str) -> None:
+        if not Path(path).is_absolute():
+            raise ValueError(
+                f"`library` is {path!r}, which counts from the folder of its {CONFIG_NAME}; load it with "
+                "`PeftModel.from_pretrained(model, folder)`, or make it absolute"
+            )
+        if self._stacks:
+            raise ValueError(f"The model has stacks already; attach {path} to a fresh base model")
+        from axolotl_brainstacks.library import BaseModelInfo, Library
+        from axolotl_brainstacks.residency import ResidentStacks
+
+        library = Library.open(path)
+        library.manifest.base.check(BaseModelInfo.of(self.model, model_name))
+        self.resident = ResidentStacks(self, library)
+        self._stacks = [FrozenStack(entry.name, entry.domain) for entry in library.manifest.stacks]
+        self._library = path
+        self.model.get_decoder().register_forward_pre_hook(self._switch_on_pending)
+        self.mode = os.environ.get("BRAINSTACKS_MODE", "auto")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to mix adapters in a batch. It would drop `adapter_names` silently."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("Brainstacks routes rows by stack weights, not by `adapter_names`; see `use_stacks`")
+        yield
 
     # Frozen stacks
 
@@ -105,66 +146,170 @@ class BrainstacksModel(BaseTuner):
     @property
     def stacks(self) -> list[FrozenStack]:
         """The attached frozen stacks, oldest first."""
-        return list(self.__dict__.setdefault("_stacks", []))
+        return list(self._stacks)
 
-    def attach_stack(
-        self, name: str, domain: str, config: BrainstacksConfig, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def attach_stack(self, name: str, domain: str, config: BrainstacksConfig, tensors: Mapping[str, Tensor]) -> None:
         """Add a frozen stack from the tensors of its PEFT folder, and switch all attached stacks on.
 
         Raises:
-            ValueError: if a tensor is unknown, has no partner, or does not fit the model.
+            ValueError: if a tensor is unknown, has no partner, or does not fit the model, or the name is attached; then
+                nothing of it stays.
         """
-        pairs: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            match = _KEY.match(key)
-            if match is None:
-                raise ValueError(f"Stack {name}: `{key}` is no tensor of a Brainstacks adapter")
-            pairs.setdefault(match["module"], {})[match["part"]] = tensor
-        for module_name, pair in pairs.items():
-            if set(pair) != {"A", "B"}:
-                raise ValueError(f"Stack {name}: {module_name} has only its {''.join(pair)} matrix; the file is incomplete")
-            try:
-                layer = self._wrapped(module_name)
-            except AttributeError as error:
-                raise ValueError(f"Stack {name}: the base model has no module {module_name}") from error
-            layer.attach(name, config, pair["A"], pair["B"])
-        self.__dict__.setdefault("_stacks", []).append(FrozenStack(name, domain))
-        self.use_stacks(None)
+        if name in [stack.name for stack in self._stacks]:
+            raise ValueError(f"Stack {name} is attached already")
+        if self.resident is not None:
+            self._select(None)  # a stack on top of a library comes after all of it
+        pairs = stack_pairs(name, tensors)
+        self._stacks.append(FrozenStack(name, domain))
+        try:
+            for module_name, (a, b) in pairs.items():
+                self.projection(name, module_name).attach(name, config, a, b)
+        except ValueError:
+            self.detach_stack(name)
+            raise
+        self._select(None)
+
+    def projection(self, stack: str, module_name: str) -> BrainstacksLayer:
+        """The wrapped projection that a stack covers. Raises ValueError if the model has none of that name."""
+        try:
+            return self._wrapped(module_name)
+        except AttributeError as error:
+            raise ValueError(f"Stack {stack}: the base model has no module {module_name}") from error
 
     def detach_stack(self, name: str) -> None:
         """Remove a frozen stack, and switch all others on."""
         for layer in self.layers():
             layer.bank.remove(name)
         self._stacks = [stack for stack in self.stacks if stack.name != name]
-        self.use_stacks(None)
+        if self.resident is not None:
+            self.resident.forget(name)
+        self._select(None)
 
     def use_stacks(self, names: Sequence[str] | None, weights: Tensor | None = None) -> None:
         """Switch on exactly the frozen stacks `names` (None: all); the trainable stack is not touched.
 
         Args:
-            weights: (rows, len(names)) factor of each stack's output for each row of the batch; None for 1.
+            weights: (rows, len(names)) factor of each stack's output for each row of the batch, None for 1; one row
+                serves any batch. A stack of weight 0 in every row is off: it costs nothing.
 
         Raises:
-            ValueError: if a name is not attached.
+            ValueError: if a name is not attached, or `weights` has another shape.
         """
+        self._select(names, weights)
+        self._mode = "chosen"
+
+    def _select(self, names: Sequence[str] | None, weights: Tensor | None = None) -> None:
         known = [stack.name for stack in self.stacks]
         names = known if names is None else list(names)
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"No such stack: {', '.join(unknown)}; attached are {', '.join(known) or 'none'}")
+        if weights is not None:
+            if weights.dim() != 2 or weights.shape[1] != len(names):
+                raise ValueError(
+                    f"`weights` has shape {tuple(weights.shape)}; {len(names)} stacks need (rows, {len(names)})"
+                )
+            used = weights.ne(0).any(0).tolist()
+            names, weights = [name for name, use in zip(names, used, strict=True) if use], weights[:, used]
+        if self.resident is not None:
+            self.resident.ensure(names)
         for layer in self.layers():
             layer.bank.select(names, weights)
-        self._on = names
+        self._on, self._pending = (names, weights), False
 
     @contextmanager
     def using_stacks(self, names: Sequence[str] | None, weights: Tensor | None = None) -> Iterator[None]:
-        """`use_stacks` for a while; all stacks that were on before are on again afterwards, with weight 1."""
-        before = getattr(self, "_on", None)
+        """`use_stacks` for a while; afterwards the stacks that were on before are on again, with their weights."""
+        before = self._on, self._mode
         self.use_stacks(names, weights)
         try:
             yield
         finally:
-            self.use_stacks(before)
+            self._return_to(*before)
+
+    def _return_to(self, on: tuple[list[str], Tensor | None], mode: str) -> None:
+        """With a library behind the model this must read nothing from disk: perhaps no forward will need it."""
+        if self.resident is None:
+            self._select(*on)
+        else:
+            self._on, self._pending = on, True
+        self._mode = mode
+
+    def _switch_on_pending(self, *_: Any) -> None:
+        if self._pending:
+            self._select(*self._on)
+
+    # Answers; see inference.py
+
+    @property
+    def mode(self) -> str:
+        """Which stacks are on when no one has chosen.
+
+        auto: `generate` routes every prompt if the library has a router; a plain forward has all stacks on.
+        routed: both route. ungated: all stacks on in both. base: none.
+        Reads "chosen" after `use_stacks`. The environment variable BRAINSTACKS_MODE is what a loaded library starts with.
+        """
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode (or BRAINSTACKS_MODE) is {mode!r}; it must be one of {', '.join(MODES)}")
+        self._return_to(([] if mode == "base" else [stack.name for stack in self._stacks], None), mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._mode != "routed":
+            return super().forward(*args, **kwargs)
+        from axolotl_brainstacks import inference
+
+        return inference.routed_forward(self, *args, **kwargs)
+
+    def generate(self, *args: Any, domains: Domains | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, each row of the batch with the stacks of its own route.
+
+        Args:
+            domains: weights of domains instead of the router's, for all rows or one mapping a row; {} is the base model.
+
+        Raises:
+            ValueError: if `domains` names a domain without stacks, or the router does not belong to the library.
+        """
+        from axolotl_brainstacks import inference
+
+        return inference.generate(self, *args, domains=domains, **kwargs)
+
+    def route(
+        self, prompts: Tensor | Sequence[str], attention_mask: Tensor | None = None, tokenizer: Any = None
+    ) -> list[PromptRoute]:
+        """The router's choice for each prompt: token ids (rows, tokens), or texts and their tokenizer."""
+        from axolotl_brainstacks import inference
+
+        return inference.route(self, prompts, attention_mask, tokenizer)
+
+    @contextmanager
+    def routed(
+        self,
+        prompts: Tensor | Sequence[str] | None = None,
+        attention_mask: Tensor | None = None,
+        tokenizer: Any = None,
+        domains: Domains | None = None,
+    ) -> Iterator[list[PromptRoute]]:
+        """Hold the routes of these prompts, or those of `domains`, for every forward inside: one a row, or one for all."""
+        from axolotl_brainstacks import inference
+
+        routes = inference.routes_for(self, prompts, attention_mask, tokenizer, domains)
+        with self.using_stacks(*inference.stack_weights(self, routes)):
+            yield routes
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """As PeftModel's, for callers that have only the tuner: the trainable stack is off for a while."""
+        before = {layer: layer.disable_adapters for layer in self.layers()}
+        try:
+            for layer in before:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in before.items():
+                layer._disable_adapters = disabled
 
     # The stack in training
 
@@ -179,22 +324,15 @@ class BrainstacksModel(BaseTuner):
 
         Every rank must call this: sharded parameters are gathered one projection at a time.
         """
-        tensors = {}
-        for layer in self.layers():
-            if adapter_name in layer.shapes:
-                a, b = layer.export_stack(adapter_name)
-                tensors[f"{_PREFIX}{layer.module_name}.brainstacks_A.weight"] = a
-                tensors[f"{_PREFIX}{layer.module_name}.brainstacks_B.weight"] = b
-        return tensors
+        layers = [layer for layer in self.layers() if adapter_name in layer.shapes]
+        return stack_tensors({layer.module_name: layer.export_stack(adapter_name) for layer in layers})
 
     def set_null_space(self, adapter_name: str, bases: Mapping[str, Tensor]) -> None:
         """Keep the trainable stack off the columns of `bases`: module name -> (out, d). Others are unconstrained."""
         for layer in self.layers():
             if adapter_name in layer.shapes:
-                basis, projection = bases.get(layer.module_name), layer.brainstacks_B[adapter_name]
-                assert isinstance(projection, OutputProjection)
-                weight = layer.brainstacks_A[adapter_name].weight
-                projection.basis = None if basis is None else basis.to(weight.device, torch.float32)
+                basis, (a, b) = bases.get(layer.module_name), layer.trained(adapter_name)
+                b.basis = None if basis is None else basis.to(a.weight.device, torch.float32)
 
 
 def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -> None:

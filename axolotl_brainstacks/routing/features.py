@@ -16,7 +16,11 @@ MIDDLE_SHARE, LAST_SHARE = 0.45, 0.55
 
 @torch.no_grad()
 def base_features(
-    model: PeftModel, tuner: BrainstacksModel, input_ids: Tensor, attention_mask: Tensor, max_tokens: int = MAX_TOKENS
+    model: PeftModel | BrainstacksModel,
+    tuner: BrainstacksModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    max_tokens: int = MAX_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """``0.45 * middle layer + 0.55 * last layer`` of the base, all stacks off, without the vocabulary's logits.
 

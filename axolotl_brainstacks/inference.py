@@ -1,0 +1,203 @@
+"""Answers from the right stacks: prompt -> base-only pass -> router -> per-row weights -> stock `generate`.
+
+Usable with plain Transformers and PEFT. The methods of `BrainstacksModel` lead here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from axolotl_brainstacks.evaluation import IGNORED
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.routing.features import base_features, pad_right
+from axolotl_brainstacks.routing.router import Router, spread
+
+if TYPE_CHECKING:
+    from axolotl_brainstacks.adapter.model import BrainstacksModel
+
+LOG = logging.getLogger(__name__)
+
+Domains = Mapping[str, float] | Sequence[Mapping[str, float]]
+
+# The stacks that are on are state of the model: an answer that another thread asks for waits for the one under way.
+_ANSWERING = threading.RLock()
+_READ_WITH = "brainstacks_read_with"
+
+
+@dataclass(frozen=True)
+class PromptRoute:
+    """What a prompt is answered with.
+
+    weights: factor of each domain's stacks, largest first; domains that are off are left out.
+    uncovered: the router claims the prompt for no domain.
+    """
+
+    weights: dict[str, float]
+    uncovered: bool = False
+
+    def __str__(self) -> str:
+        domains = ", ".join(f"{domain} {weight:.2f}" for domain, weight in self.weights.items()) or "base model"
+        return f"{domains} (uncovered)" if self.uncovered else domains
+
+
+def route(
+    tuner: BrainstacksModel,
+    prompts: Tensor | Sequence[str],
+    attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
+) -> list[PromptRoute]:
+    """The router's choice for each prompt: token ids (rows, tokens) with their mask (default: all real), or texts.
+
+    Raises:
+        ValueError: if the library has no router, or it is stale, or the library has changed since it was loaded.
+    """
+    router = _router(tuner)
+    device = tuner.model.get_input_embeddings().weight.device
+    if isinstance(prompts, Tensor):
+        ids, mask = prompts, torch.ones_like(prompts) if attention_mask is None else attention_mask
+    else:
+        assert tokenizer is not None, "texts need their tokenizer"
+        ids, mask = pad_right([torch.tensor(tokenizer(text)["input_ids"]) for text in prompts])
+    found = router.route(*base_features(tuner, tuner, ids.to(device), mask.to(device), router.config.max_tokens))
+    routes = []
+    for weights, uncovered in zip(found.weights.tolist(), found.uncovered.tolist(), strict=True):
+        on = sorted(zip(router.domains, weights, strict=True), key=lambda item: -item[1])
+        routes.append(PromptRoute({domain: weight for domain, weight in on if weight}, uncovered))
+    return routes
+
+
+def routes_for(
+    tuner: BrainstacksModel,
+    prompts: Tensor | Sequence[str] | None,
+    attention_mask: Tensor | None,
+    tokenizer: Any,
+    domains: Domains | None,
+) -> list[PromptRoute]:
+    """Routes that someone named, or else the router's. Raises as `route`, and ValueError for an unknown domain."""
+    if domains is None:
+        assert prompts is not None, "give prompts to route, or domains"
+        return route(tuner, prompts, attention_mask, tokenizer)
+    known = _domains(tuner)
+    routes = [PromptRoute(dict(row)) for row in ([domains] if isinstance(domains, Mapping) else domains)]
+    for name in (name for row in routes for name in row.weights):
+        if name not in known:
+            raise ValueError(
+                f"`domains` names `{name}`, but there are stacks of {', '.join(known) or 'no domain'} only"
+            )
+    return routes
+
+
+def stack_weights(tuner: BrainstacksModel, routes: Sequence[PromptRoute]) -> tuple[list[str], Tensor]:
+    """What `use_stacks` takes: the stacks that some route needs, and their weights (routes, stacks)."""
+    domains = _domains(tuner)
+    weights = [[row.weights.get(domain, 0.0) for domain in domains] for row in routes]
+    return spread(torch.tensor(weights).reshape(len(routes), len(domains)), domains, tuner.stacks)
+
+
+def generate(tuner: BrainstacksModel, *args: Any, domains: Domains | None = None, **kwargs: Any) -> Any:
+    """`BrainstacksModel.generate`."""
+    with _ANSWERING:
+        if domains is None and not _routes_by_itself(tuner):
+            return tuner.model.generate(*args, **kwargs)
+        if isinstance(domains, Mapping):
+            routes = routes_for(tuner, None, None, None, domains)
+        else:
+            ids, mask = _prompts(tuner, args, kwargs)
+            routes = routes_for(tuner, ids, mask, None, domains)
+            if len(routes) != len(ids):
+                raise ValueError(f"`domains` has {len(routes)} mappings for {len(ids)} prompts: give one a prompt")
+        for number, row in enumerate(routes):
+            LOG.info("Prompt %d: %s", number, row)
+        streamer = kwargs.get("streamer")
+        if tuner.show_routes and streamer is not None:
+            streamer.on_finalized_text(f"[{routes[0]}]\n")
+        names, weights = stack_weights(tuner, routes)
+        _read_again_if_rerouted(args, kwargs, (names, weights.tolist()))
+        with tuner.using_stacks(names, weights):
+            return tuner.model.generate(*args, **kwargs)
+
+
+def routed_forward(tuner: BrainstacksModel, *args: Any, **kwargs: Any) -> Any:
+    """A plain forward in mode "routed". A row's prompt is what stands before its first label; without labels, all of it.
+
+    Raises:
+        ValueError: for a step of a decoding loop, which holds no prompt any more.
+    """
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            "A forward on a KV cache has no prompt to route on: put the loop into `with tuner.routed(prompts)`"
+        )
+    ids, mask = _prompts(tuner, args, kwargs)
+    if kwargs.get("labels") is not None:
+        before = mask * (kwargs["labels"] == IGNORED).long().cumprod(1)
+        mask = torch.where(before.any(1, keepdim=True), before, mask)
+    with tuner.routed(ids, mask):
+        return tuner.model(*args, **kwargs)
+
+
+def _domains(tuner: BrainstacksModel) -> list[str]:
+    return list(dict.fromkeys(stack.domain for stack in tuner.stacks))
+
+
+def _router(tuner: BrainstacksModel) -> Router:
+    if tuner.router is None:
+        if tuner.resident is None:
+            raise ValueError("This model has no router: load one with `PeftModel.from_pretrained(base, library)`")
+        library = Library.open(tuner.resident.path)
+        if [stack.name for stack in library.manifest.stacks] != [stack.name for stack in tuner.stacks]:
+            raise ValueError(f"{library.path} has other stacks than when this model was loaded: load it again")
+        tuner.router = Router.load(library)
+    return tuner.router
+
+
+def _routes_by_itself(tuner: BrainstacksModel) -> bool:
+    if tuner.mode != "auto":
+        return tuner.mode == "routed"
+    if tuner.router is not None or tuner.resident is None:
+        return tuner.router is not None
+    path = tuner.resident.path
+    if Library.open(path).manifest.router is None:
+        warnings.warn(
+            f"{path} has no router, so all of its stacks answer at once: run `axolotl brainstacks-router` on its YAML, "
+            "or name stacks with `domains=`",
+            stacklevel=4,
+        )
+        return False
+    return True
+
+
+def _prompts(tuner: BrainstacksModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, tokens) and mask of a call; a mask that was not given is inferred as `generate` does."""
+    ids = next((ids for ids in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")) if ids is not None), None)
+    if ids is None:
+        raise ValueError("The router reads a prompt's `input_ids`, and there are none: name stacks with `domains=`")
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        pad, eos = (_setting(tuner, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+        known = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
+        mask = ids.ne(pad).long() if known else torch.ones_like(ids)
+    return ids, mask
+
+
+def _setting(tuner: BrainstacksModel, kwargs: Mapping[str, Any], name: str) -> Any:
+    configs = (kwargs.get("generation_config"), tuner.model.generation_config)
+    given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in given if value is not None), None)
+
+
+def _read_again_if_rerouted(args: tuple[Any, ...], kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
+    """Empty a cache whose tokens were read with other stacks, as in a chat whose turns take different routes."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        if cache.get_seq_length() and getattr(cache, _READ_WITH, None) != on:
+            cache.reset()
+        setattr(cache, _READ_WITH, on)

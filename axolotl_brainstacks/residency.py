@@ -1,0 +1,119 @@
+"""Which stacks of a library are in memory: only those that were needed, read from their files when they were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from axolotl_brainstacks.adapter.bank import StackTensors
+from axolotl_brainstacks.adapter.config import BrainstacksConfig
+from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.tensors import stack_pairs
+from axolotl_brainstacks.library import WEIGHTS, Library
+
+if TYPE_CHECKING:
+    from axolotl_brainstacks.adapter.model import BrainstacksModel
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One projection of a stack. `tensors` holds no data: its a and b are on the meta device."""
+
+    layer: BrainstacksLayer
+    tensors: StackTensors
+
+
+class ResidentStacks:
+    """The stacks of `library` that the banks of `tuner` hold; least recently used ones leave under `max_bytes`.
+
+    Attributes:
+        max_bytes: most memory for stacks; None for no limit. It holds from the next selection of stacks.
+        bytes_read: read from stack files so far.
+        peak_bytes: most memory that stacks ever took.
+    """
+
+    def __init__(self, tuner: BrainstacksModel, library: Library) -> None:
+        """Wrap every projection that a stack covers; no weight is read.
+
+        Raises:
+            ValueError: if a stack is missing, truncated, or does not fit the model.
+        """
+        # Not the library itself: its file lock cannot be copied with the model.
+        self.path, self.manifest = library.path, library.manifest
+        self.max_bytes: int | None = None
+        self.bytes_read = 0
+        self.peak_bytes = 0
+        self._used: dict[str, int] = {}  # name -> bytes, least recently used first
+        self._verified: set[str] = set()
+        self._parts: dict[str, list[_Part]] = {}
+        last: dict[BrainstacksLayer, StackTensors] = {}
+        for place, entry in enumerate(self.manifest.stacks):
+            library.stack_config(entry.name)
+            config = BrainstacksConfig.from_pretrained(str(library.stack_path(entry.name)))
+            pairs = stack_pairs(entry.name, library.stack_tensors(entry.name, verify=False))
+            self._parts[entry.name] = []
+            for module_name, (a, b) in pairs.items():
+                layer = tuner.projection(entry.name, module_name)
+                shape, before = layer.stack_shape(entry.name, config, a, b), last.get(layer)
+                segment = 0 if before is None else before.segment + (before.shape != shape)
+                last[layer] = StackTensors(entry.name, shape, a.to("meta"), b.to("meta"), segment, place)
+                self._parts[entry.name].append(_Part(layer, last[layer]))
+
+    @property
+    def names(self) -> list[str]:
+        """The stacks in memory, least recently used first."""
+        return list(self._used)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that they take."""
+        return sum(self._used.values())
+
+    def ensure(self, names: Sequence[str]) -> None:
+        """Have the stacks `names` in memory. Stacks that are not the library's are none of its business.
+
+        Raises:
+            ValueError: if they need more than `max_bytes`, or a file is missing or altered; then nothing has changed.
+        """
+        needed = {name: self._size(name) for name in names if name in self._parts}
+        if self.max_bytes is not None and sum(needed.values()) > self.max_bytes:
+            raise ValueError(
+                f"max_resident_bytes is {self.max_bytes}, but the stacks {', '.join(needed)} that are needed at once take "
+                f"{sum(needed.values())}: raise it"
+            )
+        rest = {name: size for name, size in self._used.items() if name not in needed}
+        gone = []
+        while self.max_bytes is not None and sum(rest.values()) + sum(needed.values()) > self.max_bytes:
+            gone.append(next(iter(rest)))
+            del rest[gone[-1]]
+        self._exchange(gone, [name for name in needed if name not in self._used])
+        self._used = rest | needed
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    def forget(self, name: str) -> None:
+        """A stack was detached for good."""
+        self._parts.pop(name, None)
+        self._used.pop(name, None)
+
+    def _size(self, name: str) -> int:
+        return sum(part.layer.bank_bytes(part.tensors.shape) for part in self._parts[name])
+
+    def _exchange(self, gone: Sequence[str], new: Sequence[str]) -> None:
+        coming: dict[BrainstacksLayer, list[StackTensors]] = {}
+        for name, pairs in {name: self._read(name) for name in new}.items():
+            for part in self._parts[name]:
+                a, b = pairs[part.layer.module_name]
+                coming.setdefault(part.layer, []).append(replace(part.tensors, a=a, b=b))
+        leaving = {part.layer for name in gone for part in self._parts[name]}
+        for layer in coming.keys() | leaving:
+            layer.hold(gone, coming.get(layer, []))
+
+    def _read(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Map a stack's file; its hash is checked the first time."""
+        tensors = Library(self.path, self.manifest).stack_tensors(name, verify=name not in self._verified)
+        self._verified.add(name)
+        self.bytes_read += self.manifest.stack(name).files[WEIGHTS].bytes
+        return stack_pairs(name, tensors)

@@ -1,0 +1,444 @@
+"""Routed answers of a loaded library: each row its own stacks, and only what is needed in memory."""
+
+import copy
+import io
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from routed import VOCABULARY, add_domain, new_library, tiny_base, tuner_of
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, TextStreamer
+
+from axolotl_brainstacks.args import GateArgs
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.routing.router import Router, RouterConfig
+
+DOMAINS = ["chat", "code", "math", "medical"]
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": VOCABULARY, "pad_token_id": 0}
+
+
+def random_router(domains: list[str], weights: str = "soft", floors: dict[str, float] | None = None) -> Router:
+    """A router whose probabilities differ widely from prompt to prompt, so that routes do."""
+    config = RouterConfig(
+        domains=domains, features=32, width=16, dropout=0.0,
+        gate=GateArgs(gate_threshold=0.5, weights=weights, floors=floors or {}),
+    )  # fmt: skip
+    router = Router.fresh(config, seed=Random().randrange(2**30))
+    with torch.no_grad():
+        router.network.domain_queries.mul_(6)
+        router.network.outputs.weight.mul_(30)
+        router.network.outputs.bias.zero_()
+    return router
+
+
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def library(base: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Four domains of two stacks each, and a router."""
+    made = new_library(tmp_path_factory.mktemp("inference") / "library", base, DOMAINS, stacks=2)
+    random_router(DOMAINS).save(made)
+    return made
+
+
+@pytest.fixture
+def load(base: LlamaForCausalLM, library: Library) -> Callable[..., PeftModel]:
+    def load(path: Path = library.path) -> PeftModel:
+        return PeftModel.from_pretrained(copy.deepcopy(base), str(path)).eval()
+
+    return load
+
+
+@pytest.fixture
+def model(load: Callable[..., PeftModel]) -> PeftModel:
+    return load()
+
+
+def some_prompts(count: int, length: int | None = None) -> list[Tensor]:
+    """Random prompts without the padding token, of 3 to 20 tokens unless `length` says."""
+    return [torch.randint(1, VOCABULARY, (length or Random().randint(3, 20),)) for _ in range(count)]
+
+
+def padded_left(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.stack([torch.cat([torch.zeros(length - len(p), dtype=torch.long), p]) for p in prompts])
+    return ids, (ids != 0).long()
+
+
+def different_routes(model: PeftModel, count: int) -> list[Tensor]:
+    """`count` random prompts of at least three different routes."""
+    prompts = some_prompts(200)
+    routes = model.base_model.route(*padded_left(prompts))
+    by_route: dict[tuple[str, ...], list[Tensor]] = {}
+    for prompt, route in zip(prompts, routes, strict=True):
+        by_route.setdefault(tuple(sorted(route.weights)), []).append(prompt)
+    assert len(by_route) >= 3
+    turns = [group[turn] for turn in range(count) for group in by_route.values() if turn < len(group)]
+    return turns[:count]
+
+
+def own_stacks(library: Library, *domains: str) -> list[str]:
+    return [stack.name for stack in library.manifest.stacks if stack.domain in domains]
+
+
+# Routes
+
+
+def test_a_mixed_batch_answers_as_single_calls_do(model: PeftModel) -> None:
+    prompts = different_routes(model, 8)
+    ids, mask = padded_left(prompts)
+    together = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = model.generate(input_ids=prompt[None], **GREEDY)[0, len(prompt) :]
+        assert torch.equal(row, alone)
+    model.base_model.mode = "ungated"
+    assert not torch.equal(together, model.generate(input_ids=ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :])
+
+
+def test_the_answer_is_that_of_the_routes_stacks_and_weights(model: PeftModel, library: Library) -> None:
+    """Against a decoding loop without a cache, with the stacks switched on by hand."""
+    tuner = tuner_of(model)
+    for prompt in different_routes(model, 4):
+        (route,) = tuner.route(prompt[None])
+        stacks = [stack for stack in library.manifest.stacks if stack.domain in route.weights]
+        weights = torch.tensor([[route.weights[stack.domain] for stack in stacks]])
+        tokens = prompt[None]
+        with torch.no_grad(), tuner.using_stacks([stack.name for stack in stacks], weights):
+            for _ in range(12):
+                tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(model.generate(prompt[None], **GREEDY), tokens)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_beams_keep_their_rows_route(model: PeftModel, how: dict[str, Any]) -> None:
+    prompts = different_routes(model, 3)
+    ids, mask = padded_left(prompts)
+    each = how.get("num_return_sequences", 1)
+    together = model.generate(input_ids=ids, attention_mask=mask, **GREEDY, **how)[:, ids.shape[1] :]
+    assert len(together) == 3 * each
+    for number, prompt in enumerate(prompts):
+        alone = model.generate(input_ids=prompt[None], **GREEDY, **how)[:, len(prompt) :]
+        assert torch.equal(together[number * each : (number + 1) * each], alone)
+
+
+def test_sampled_sequences_of_a_row_keep_its_route(model: PeftModel) -> None:
+    ids, mask = padded_left(different_routes(model, 3))
+    torch.manual_seed(3)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, **GREEDY | {"do_sample": True, "top_k": 1}, num_return_sequences=2
+    )
+    greedy = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(out, greedy.repeat_interleave(2, 0))
+
+
+def test_padding_without_a_mask_is_found_as_generate_finds_it(model: PeftModel) -> None:
+    ids, mask = padded_left([*some_prompts(1, 4), *some_prompts(1, 9)])
+    expected = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(inputs=ids, **GREEDY), expected)
+
+
+def test_a_streamed_answer_is_the_same_and_shows_its_route_when_asked(model: PeftModel, tiny_llama_dir: Path) -> None:
+    (prompt,) = some_prompts(1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    expected = model.generate(prompt[None], **GREEDY)
+    for show in (False, True):
+        tuner_of(model).show_routes = show
+        with redirect_stdout(io.StringIO()) as printed:
+            streamed = model.generate(prompt[None], streamer=TextStreamer(tokenizer), **GREEDY)
+        assert torch.equal(streamed, expected)
+        assert (f"[{tuner_of(model).route(prompt[None])[0]}]" in printed.getvalue()) is show
+        assert tokenizer.decode(streamed[0])[-5:] in printed.getvalue()
+
+
+def test_text_prompts_route_as_their_tokens_do(model: PeftModel) -> None:
+    class Tokenizer:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) - 31 for letter in text]}
+
+    texts = ["a chat", "2 + 2 = ?", "def f(x):"]
+    single = [tuner_of(model).route(torch.tensor([Tokenizer()(text)["input_ids"]]))[0] for text in texts]
+    for one, other in zip(tuner_of(model).route(texts, tokenizer=Tokenizer()), single, strict=True):
+        assert one.weights.keys() == other.weights.keys() and one.uncovered == other.uncovered
+        assert list(one.weights.values()) == pytest.approx(list(other.weights.values()), abs=1e-5)
+
+
+def test_a_prompt_that_no_domain_claims_is_uncovered(model: PeftModel) -> None:
+    tuner = tuner_of(model)
+    tuner.router = random_router(DOMAINS, floors={"chat": 0.25})
+    with torch.no_grad():
+        tuner.router.network.outputs.bias.fill_(-1000)
+    (route,) = tuner.route(some_prompts(1)[0][None])
+    assert route.uncovered and route.weights == {"chat": 0.25}
+    assert str(route) == "chat 0.25 (uncovered)"
+
+
+# Overrides
+
+
+def test_no_domains_is_the_base_bit_for_bit(model: PeftModel, base: LlamaForCausalLM) -> None:
+    ids, mask = padded_left(some_prompts(4))
+    how = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    mine = model.generate(input_ids=ids, attention_mask=mask, domains={}, **how)
+    plain = base.generate(input_ids=ids, attention_mask=mask, **how)
+    assert torch.equal(mine.sequences, plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(mine.logits, plain.logits, strict=True))
+
+
+def test_named_domains_override_the_router(model: PeftModel, library: Library) -> None:
+    ids = torch.stack(some_prompts(3, 8))
+    with tuner_of(model).using_stacks(own_stacks(library, "math", "chat")):
+        expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, domains={"math": 1.0, "chat": 1.0}, **GREEDY), expected)
+    with tuner_of(model).routed(domains={"math": 1.0, "chat": 1.0}):
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+    mixed = model.generate(ids, domains=[{"math": 1.0, "chat": 1.0}, {}, {"code": 0.5}], **GREEDY)
+    assert torch.equal(mixed[0], expected[0])
+    assert torch.equal(mixed[1], model.generate(ids[1:2], domains={}, **GREEDY)[0])
+    assert torch.equal(mixed[2], model.generate(ids[2:], domains={"code": 0.5}, **GREEDY)[0])
+
+
+def test_mistakes_of_a_call_are_named(model: PeftModel) -> None:
+    ids = torch.stack(some_prompts(3, 8))
+    with pytest.raises(ValueError, match=r"`legal`.*chat, code, math, medical"):
+        model.generate(ids, domains={"legal": 1.0})
+    with pytest.raises(ValueError, match="2 mappings for 3 prompts"):
+        model.generate(ids, domains=[{}, {}])
+    with pytest.raises(ValueError, match="input_ids"):
+        model.generate(inputs_embeds=torch.randn(1, 4, 32), **GREEDY)
+    with pytest.raises(ValueError, match=r"'fast'.*auto, routed, ungated, base"):
+        tuner_of(model).mode = "fast"
+
+
+def test_a_router_that_does_not_fit_the_library_is_refused(
+    base: LlamaForCausalLM, load: Callable[..., PeftModel], tmp_path: Path
+) -> None:
+    library = new_library(tmp_path / "library", base, ["chat", "code"])
+    prompt = some_prompts(1)[0][None]
+    model = load(library.path)
+    with pytest.warns(UserWarning, match="has no router"):
+        answer = model.generate(prompt, **GREEDY)
+    tuner_of(model).mode = "ungated"
+    assert torch.equal(model.generate(prompt, **GREEDY), answer)
+    tuner_of(model).mode = "routed"
+    with pytest.raises(ValueError, match="has no router"):
+        model.generate(prompt, **GREEDY)
+    random_router(["chat", "code"]).save(library)
+    assert tuner_of(model).route(prompt)
+    model = load(library.path)
+    add_domain(library, base, "math")
+    with pytest.raises(ValueError, match="load it again"):
+        model.generate(prompt, **GREEDY)
+    with pytest.raises(ValueError, match="knows chat, code, but the library has chat, code, math"):
+        load(library.path).generate(prompt, **GREEDY)
+    with library.writing():
+        library.remove_domain("math")
+    with pytest.raises(ValueError, match="stale"):
+        load(library.path).generate(prompt, **GREEDY)
+
+
+# Modes
+
+
+def test_a_plain_forward_has_all_stacks_on_unless_a_mode_says_otherwise(
+    model: PeftModel, base: LlamaForCausalLM, library: Library
+) -> None:
+    ids, tuner = torch.stack(different_routes(model, 1)), tuner_of(model)
+    with torch.no_grad():
+        everything = model(ids).logits
+        with tuner.using_stacks(own_stacks(library, *DOMAINS)):
+            assert torch.equal(model(ids).logits, everything)
+        assert torch.equal(model.get_base_model()(ids).logits, everything)
+        tuner.mode = "base"
+        assert torch.equal(model(ids).logits, base(ids).logits)
+        assert torch.equal(model.generate(ids, **GREEDY), base.generate(ids, **GREEDY))
+        tuner.mode = "routed"
+        routed = model(ids).logits
+        with tuner.using_stacks([]):
+            assert torch.equal(model(ids).logits, base(ids).logits)
+        assert torch.equal(model(ids).logits, routed)
+        with tuner.routed(ids):
+            assert torch.equal(model(ids).logits, routed)
+        tuner.mode = "ungated"
+        assert torch.equal(model(ids).logits, everything)
+        assert not torch.equal(routed, everything)
+
+
+def test_a_routed_forward_reads_the_prompt_before_the_labels(model: PeftModel) -> None:
+    prompts, tuner = different_routes(model, 4), tuner_of(model)
+    rows = [torch.cat([prompt, *some_prompts(1, 30 - len(prompt))]) for prompt in prompts]
+    labels = [torch.cat([torch.full_like(p, -100), row[len(p) :]]) for p, row in zip(prompts, rows, strict=True)]
+    tuner.mode = "routed"
+    with torch.no_grad():
+        got = model(torch.stack(rows), labels=torch.stack(labels)).logits
+        for logits, prompt, row in zip(got, prompts, rows, strict=True):
+            with tuner.routed(prompt[None]):
+                torch.testing.assert_close(model(row[None]).logits[0], logits, rtol=1e-4, atol=1e-4)
+        cache = DynamicCache(config=model.config)
+        model(torch.stack(rows), past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="KV cache"):
+            model(torch.ones(4, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_the_environment_says_how_a_library_starts(
+    load: Callable[..., PeftModel], base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRAINSTACKS_MODE", "base")
+    ids = torch.stack(some_prompts(2, 7))
+    assert torch.equal(load()(ids).logits, base(ids).logits)
+    monkeypatch.setenv("BRAINSTACKS_MODE", "gated")
+    with pytest.raises(ValueError, match="BRAINSTACKS_MODE"):
+        load()
+
+
+def test_a_cache_that_was_filled_under_another_route_is_read_again(model: PeftModel) -> None:
+    """A chat: the second turn's prompt begins with the first turn, and its route differs."""
+    tuner = tuner_of(model)
+    turns = []
+    while len(turns) < 2:
+        first, second = different_routes(model, 2)
+        conversation = model.generate(first[None], **GREEDY)
+        turns = [conversation, torch.cat([conversation, second[None]], 1)]
+        if tuner.route(first[None])[0] == tuner.route(turns[1])[0]:
+            turns = []
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(model.generate(first[None], past_key_values=cache, **GREEDY), turns[0])
+    with_cache = model.generate(turns[1], past_key_values=cache, **GREEDY)
+    assert torch.equal(with_cache, model.generate(turns[1], **GREEDY))
+    filled, same = cache.get_seq_length(), tuner.route(turns[1])[0].weights
+    seen: list[int] = []
+    hook = (
+        model.get_base_model().model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    )
+    model.generate(with_cache, past_key_values=cache, domains=same, **GREEDY)
+    hook.remove()
+    assert seen[0] == with_cache.shape[1] - filled
+
+
+def test_a_copy_of_a_loaded_model_is_whole(model: PeftModel) -> None:
+    ids = torch.stack(some_prompts(2, 7))
+    other = copy.deepcopy(model)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert torch.equal(other.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+# What is in memory
+
+
+def test_only_what_a_route_needs_is_read_and_only_once(model: PeftModel, library: Library) -> None:
+    resident, ids = tuner_of(model).resident, torch.stack(some_prompts(1, 8))
+    assert resident is not None
+    assert resident.bytes == resident.bytes_read == 0
+    model.generate(ids, domains={}, **GREEDY)
+    assert resident.bytes_read == 0
+    model.generate(ids, domains={"math": 1.0}, **GREEDY)
+    files = [library.manifest.stack(name).files["adapter_model.safetensors"] for name in own_stacks(library, "math")]
+    assert resident.bytes_read == sum(file.bytes for file in files)
+    assert sorted(resident.names) == own_stacks(library, "math")
+    assert resident.bytes == sum(b.nbytes for layer in tuner_of(model).layers() for b in layer.bank.buffers())
+    before = resident.bytes_read
+    model.generate(torch.stack(some_prompts(1, 9)), domains={"math": 0.3}, **GREEDY)
+    assert resident.bytes_read == before
+    for prompt in some_prompts(5):
+        model.generate(prompt[None], **GREEDY)
+        before = resident.bytes_read
+        model.generate(prompt[None], **GREEDY)
+        assert resident.bytes_read == before
+
+
+def test_the_least_recently_used_stacks_leave_under_a_limit(model: PeftModel, library: Library) -> None:
+    tuner, ids = tuner_of(model), torch.stack(some_prompts(1, 8))
+    resident = tuner.resident
+    assert resident is not None
+    expected = {name: model.generate(ids, domains={name: 1.0}, **GREEDY) for name in DOMAINS}
+    together = model.generate(ids, domains={"chat": 1.0, "math": 1.0}, **GREEDY)
+    one = resident.bytes // len(DOMAINS)
+    resident.max_bytes = 2 * one
+    for use, left in (("chat", {"chat", "math"}), ("code", {"chat", "code"}), ("chat", {"chat", "code"}),
+                      ("medical", {"chat", "medical"})):  # fmt: skip
+        assert torch.equal(model.generate(ids, domains={use: 1.0}, **GREEDY), expected[use])
+        assert sorted(resident.names) == own_stacks(library, *left)
+        assert resident.bytes == 2 * one == sum(b.nbytes for layer in tuner.layers() for b in layer.bank.buffers())
+    assert torch.equal(model.generate(ids, domains={"math": 1.0, "chat": 1.0}, **GREEDY), together)
+    with pytest.raises(ValueError, match=f"max_resident_bytes is {2 * one}.*take {3 * one}"):
+        model.generate(ids, domains={"math": 1.0, "chat": 1.0, "code": 1.0}, **GREEDY)
+    with pytest.raises(ValueError, match="max_resident_bytes"):
+        model(ids)
+    assert resident.bytes == 2 * one
+
+
+def test_memory_does_not_grow_with_the_domains_on_disk(
+    base: LlamaForCausalLM, load: Callable[..., PeftModel], tmp_path: Path
+) -> None:
+    library = new_library(tmp_path / "library", base, ["chat", "code", "math"])
+    ids, peaks, read = torch.stack(some_prompts(1, 8)), [], []
+    for count in (3, 30):
+        for number in range(len(library.manifest.domains), count):
+            add_domain(library, base, f"domain{number}")
+        model = load(library.path)
+        for domain in ("math", "chat", "math"):
+            model.generate(ids, domains={domain: 1.0}, **GREEDY)
+        resident = tuner_of(model).resident
+        assert resident is not None
+        buffers = sum(b.nbytes for layer in tuner_of(model).layers() for b in layer.bank.buffers())
+        assert resident.peak_bytes == resident.bytes == buffers
+        peaks.append(resident.peak_bytes)
+        read.append(resident.bytes_read)
+    assert len(library.manifest.stacks) == 30
+    assert peaks[0] == peaks[1] and read[0] == read[1]
+
+
+def test_the_order_in_which_stacks_came_leaves_no_trace(
+    base: LlamaForCausalLM, load: Callable[..., PeftModel], tmp_path: Path
+) -> None:
+    """To the last bit, also when stacks of other shapes lie between."""
+    library = new_library(tmp_path / "library", base, ["a", "b"])
+    add_domain(library, base, "c", settings={"r": 4, "num_experts": 2})
+    add_domain(library, base, "d")
+    add_domain(library, base, "e", settings={"r": 4, "num_experts": 2})
+    everything = load(library.path)
+    ids = torch.stack(some_prompts(3, 8))
+    with torch.no_grad():
+        everything(ids)
+        for _ in range(12):
+            names = Random().sample(["a", "b", "c", "d", "e"], Random().randint(1, 4))
+            piecemeal = load(library.path)
+            for name in Random().sample(names, len(names)):
+                with tuner_of(piecemeal).routed(domains={name: 1.0}):
+                    piecemeal(ids[:1])
+            weights = {name: Random().random() for name in names}
+            logits = []
+            for model in (everything, piecemeal):
+                with tuner_of(model).routed(domains=weights):
+                    logits.append(model(ids).logits)
+            assert torch.equal(*logits)
+
+
+def test_a_damaged_stack_is_named_when_it_is_needed(
+    library: Library, load: Callable[..., PeftModel], tmp_path: Path
+) -> None:
+    broken = Library.open(shutil.copytree(library.path, tmp_path / "library"))
+    file = broken.stack_path(own_stacks(broken, "math")[0]) / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    model, ids = load(broken.path), torch.stack(some_prompts(1, 8))
+    expected = model.generate(ids, domains={"chat": 1.0}, **GREEDY)
+    with pytest.raises(ValueError, match=f"{file.parent.name}.*altered"):
+        model.generate(ids, domains={"math": 1.0}, **GREEDY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.generate(ids, domains={"chat": 1.0}, **GREEDY), expected)
+    file.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match="truncated"):
+        load(broken.path)
