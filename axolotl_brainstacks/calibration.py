@@ -59,7 +59,10 @@ def fit_null_space(
     for layer, parts in moments.items():
         basis = held.get(layer.module_name)
         fit = fit_directions(
-            torch.block_diag(*(gram for gram, _ in parts)), torch.cat([output for _, output in parts]), basis, directions
+            torch.block_diag(*(gram for gram, _ in parts)),
+            torch.cat([output for _, output in parts]),
+            basis,
+            directions,
         )
         columns[layer.module_name] = fit.columns.cpu()
         captured, total = captured + fit.captured, total + fit.total

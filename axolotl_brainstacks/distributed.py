@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -22,7 +20,7 @@ def is_main() -> bool:
     return world()[0] == 0
 
 
-def on_main(action: Callable[[], T]) -> T:
+def on_main[T](action: Callable[[], T]) -> T:
     """Run `action` on the main process; its result, or its exception, reaches every rank."""
     if world()[1] == 1:
         return action()
@@ -38,7 +36,7 @@ def on_main(action: Callable[[], T]) -> T:
     return box[0]
 
 
-def gather_objects(value: T) -> list[T]:
+def gather_objects[T](value: T) -> list[T]:
     """Every rank's `value`, in the ranks' order."""
     if world()[1] == 1:
         return [value]

@@ -17,7 +17,9 @@ from torch import Tensor
 
 
 def project_out(weight: Tensor, basis: Tensor) -> Tensor:
-    """``W - V (V^T W)``: `weight` (out, r) without its components along `basis` (out, d); computed in full precision."""
+    """``W - V (V^T W)``: `weight` (out, r) without its components along `basis` (out, d), in the wider of their dtypes."""
+    dtype = torch.promote_types(weight.dtype, basis.dtype)
+    weight, basis = weight.to(dtype), basis.to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
         return weight - basis @ (basis.T @ weight)
 
@@ -38,7 +40,8 @@ class RankGram:
     def add(self, z: Tensor, token_weights: Tensor) -> None:
         """`z` (rows, tokens, R), `token_weights` (rows, tokens); a weight of 0 leaves a token out."""
         z = z.detach().flatten(0, -2).float() * token_weights.flatten().float().sqrt().unsqueeze(-1)
-        gram = z.T @ z
+        with torch.autocast(z.device.type, enabled=False):
+            gram = z.T @ z
         self.total = gram if self.total is None else self.total + gram
 
 

@@ -42,7 +42,9 @@ class BrainstacksConfig(PeftConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"Brainstacks: {name} is {getattr(self, name)}; it must be at least 1")
         if self.top_k > self.num_experts:
-            raise ValueError(f"Brainstacks: top_k is {self.top_k} but num_experts is only {self.num_experts}; lower top_k")
+            raise ValueError(
+                f"Brainstacks: top_k is {self.top_k} but num_experts is only {self.num_experts}; lower top_k"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"Brainstacks: lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
         if self.balance_coef < 0:
@@ -56,16 +58,16 @@ class BrainstacksConfig(PeftConfig):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> BrainstacksConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> BrainstacksConfig:
         """As PEFT's, and makes `library` absolute. A library on the Hub is fetched whole: PEFT would take two files."""
-        folder = Path(pretrained_model_name_or_path)
-        if kwargs.get("subfolder"):
-            folder = folder / kwargs["subfolder"]
-        config: BrainstacksConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config: BrainstacksConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if config.library is not None:
-            if not folder.is_dir():
+            root = Path(pretrained_model_name_or_path)
+            if not root.is_dir():
                 from huggingface_hub import snapshot_download
 
-                folder = Path(snapshot_download(pretrained_model_name_or_path, revision=kwargs.get("revision")))
-            config.library = str((folder / config.library).resolve())
+                root = Path(snapshot_download(pretrained_model_name_or_path, revision=kwargs.get("revision")))
+            config.library = str((root / (subfolder or "") / config.library).resolve())
         return config

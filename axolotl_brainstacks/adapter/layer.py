@@ -81,11 +81,17 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         self.reset_stack(adapter_name, torch.initial_seed())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def trained(self, adapter_name: str) -> tuple[nn.Linear, OutputProjection]:
+        """The A and B sides of a trainable stack."""
+        a, b = self.brainstacks_A[adapter_name], self.brainstacks_B[adapter_name]
+        assert isinstance(a, nn.Linear) and isinstance(b, OutputProjection)
+        return a, b
+
     @torch.no_grad()
     def reset_stack(self, adapter_name: str, seed: int) -> None:
         """A Kaiming-uniform, W_r ~ N(0, 0.02^2), W_n and B zero; a function of seed and module name alone, on every rank."""
         shape = self.shapes[adapter_name]
-        a, b = self.brainstacks_A[adapter_name].weight, self.brainstacks_B[adapter_name].weight
+        a, b = (side.weight for side in self.trained(adapter_name))
         if a.is_meta:
             return
         digest = hashlib.sha256(f"{seed}.{self.module_name}".encode()).digest()
@@ -104,10 +110,10 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
 
         B is folded into the null space's complement in fp64: nothing leaks, however little of it the fold leaves.
         """
-        a, b = (whole(side[adapter_name].weight) for side in (self.brainstacks_A, self.brainstacks_B))
-        basis = self.brainstacks_B[adapter_name].basis
-        if basis is not None:
-            b = project_out(b.double(), basis.cpu().double())
+        a_side, b_side = self.trained(adapter_name)
+        a, b = whole(a_side.weight), whole(b_side.weight)
+        if b_side.basis is not None:
+            b = project_out(b.double(), b_side.basis.cpu().double())
         return a.float(), b.float()
 
     def stack_shape(self, name: str, config: BrainstacksConfig, a: Tensor, b: Tensor) -> StackShape:
@@ -161,7 +167,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
     def active_delta(self, name: str, x: Tensor) -> Tensor:
         """Output of the trainable stack `name`: (..., in) -> (..., out). Injects the load-balance gradient in training."""
         shape, n = self.shapes[name], self.shapes[name].num_experts
-        a = self.brainstacks_A[name]
+        a, b = self.trained(name)
         h = a(self._cast_input_dtype(self.dropouts[name](x), a.weight.dtype))
         logits = h[..., :n].float()
         if self.training and self.configs[name].noisy_gate:
@@ -174,7 +180,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
             gates = add_loss(gates, loss, self.configs[name].balance_coef * self.balance_scale)
             self._count(use, loss)
         z = h[..., 2 * n :].unflatten(-1, (n, shape.r)) * (gates * shape.scaling).to(h.dtype).unsqueeze(-1)
-        return self.brainstacks_B[name](z.flatten(-2))
+        return b(z.flatten(-2))
 
     def _count(self, use: Tensor, loss: Tensor) -> None:
         row = torch.cat([use, loss.detach().float().view(1), use.new_ones(1)])

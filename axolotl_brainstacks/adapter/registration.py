@@ -22,8 +22,8 @@ def _add_member() -> None:
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
-    member._sort_order_ = len(PeftType)
-    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
     type.__setattr__(PeftType, NAME, member)
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member

@@ -1,0 +1,75 @@
+"""What the tests of the adapter share: tiny wrapped models and living stacks."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLayer, BrainstacksModel
+
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    """A fresh random float32 Llama."""
+    return LlamaForCausalLM(LlamaConfig(**TINY | changes))
+
+
+def wrap(base: torch.nn.Module | None = None, **settings: Any) -> PeftModel:
+    """A model with a fresh stack `default`."""
+    config = BrainstacksConfig(task_type="CAUSAL_LM", **{"r": 2, "num_experts": 3, "top_k": 2} | settings)
+    return get_peft_model(base if base is not None else llama(), config)
+
+
+def tuner_of(model: PeftModel) -> BrainstacksModel:
+    assert isinstance(model.base_model, BrainstacksModel)
+    return model.base_model
+
+
+def layers_of(model: PeftModel) -> list[BrainstacksLayer]:
+    return list(tuner_of(model).layers())
+
+
+@torch.no_grad()
+def revive(model: PeftModel, adapter: str = "default", scale: float = 0.3) -> None:
+    """Random weights in place of a fresh stack's: gates that differ by token, noise, B not zero."""
+    for layer in layers_of(model):
+        if adapter in layer.shapes:
+            n = layer.shapes[adapter].num_experts
+            layer.brainstacks_A[adapter].weight[: 2 * n].normal_(std=scale)
+            layer.brainstacks_B[adapter].weight.normal_(std=scale)
+
+
+def freeze(
+    model: PeftModel, names: Sequence[str] | Iterable[str], domain: str = "chat"
+) -> dict[str, dict[str, Tensor]]:
+    """Attach random frozen stacks of the shape of `default`, which is random afterwards; returns their tensors."""
+    exported = {}
+    for name in names:
+        revive(model)
+        exported[name] = tuner_of(model).export_stack("default")
+        config = model.peft_config["default"]
+        assert isinstance(config, BrainstacksConfig)
+        tuner_of(model).attach_stack(name, domain, config, exported[name])
+    revive(model)
+    return exported
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """Largest deviation, as a share of the largest value expected; in float64."""
+    got, expected = got.detach().double(), expected.detach().double()
+    assert got.shape == expected.shape, what
+    worst, size = float((got - expected).abs().max()), float(expected.abs().max())
+    assert worst <= tolerance * size, f"{what}: off by {worst:.3g} where values reach {size:.3g}"
