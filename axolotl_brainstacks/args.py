@@ -136,6 +136,9 @@ class BrainstacksBlock(_Strict):
     context: Literal["curriculum", "isolated"] = Field(
         default="curriculum", description="Whether earlier domains' stacks are on while a new one trains."
     )
+    max_resident_bytes: int | None = Field(
+        default=None, ge=1, description="Most memory for stacks when answering; those used least recently leave first."
+    )
     eval_rows: int = Field(
         default=256, ge=1, description="Validation rows per domain kept in the library for measuring."
     )

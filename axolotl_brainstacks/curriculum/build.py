@@ -35,6 +35,9 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
                 f"There is no library at {plan.library_path}; run `axolotl train` first, or set `brainstacks.library`"
             )
         peft_model = PeftModel.from_pretrained(model, str(plan.library_path))
+        answering = tuner(peft_model)
+        assert answering.resident is not None
+        answering.resident.max_bytes, answering.show_routes = plan.block.max_resident_bytes, True
         return peft_model, peft_model.peft_config[TRAINED]
     config = stack_config(cfg, plan)
     peft_model = get_peft_model(model, config)

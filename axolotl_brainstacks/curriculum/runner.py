@@ -102,6 +102,8 @@ class CurriculumRunner:
         def read() -> list[Measured]:
             attached = self.stack_names()
             finished = [entry for entry in self.library.manifest.domains if entry.done and entry.name != domain]
+            if unmeasured := [entry.name for entry in finished if entry.validation is None]:
+                LOG.info("Not measured, for want of validation rows: %s", ", ".join(unmeasured))
             return [
                 Measured(
                     entry.name,
@@ -109,6 +111,7 @@ class CurriculumRunner:
                     [stack for stack in entry.context if stack in attached],
                 )
                 for entry in finished
+                if entry.validation is not None
             ]
 
         return on_main(read)
