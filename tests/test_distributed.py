@@ -14,7 +14,7 @@ from models import cli_environment
 from processes import train
 from test_curriculum import curriculum_config
 
-ENGINES = ["ddp", "zero1", "zero2", "zero3"]
+ENGINES = ["ddp", "zero2", "zero3"]
 
 
 def engine_config(engine: str) -> dict[str, Any]:
@@ -59,15 +59,14 @@ def single(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """The config, and the library of one process with the same global batch."""
     folder = tmp_path_factory.mktemp("single")
     config = curriculum_config(tiny_llama_dir, folder, ["chat", "code"], noisy_gate=False)
-    config |= {"micro_batch_size": 4, "max_grad_norm": 0.3}
+    # In order, because one process and two shuffle differently.
+    config |= {"micro_batch_size": 4, "max_grad_norm": 0.3, "curriculum_sampling": True, "learning_rate": 3e-3}
     train(config, folder)
     return config, Library.open(folder / "out" / "library")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_agree_with_one(
-    single: tuple[dict[str, Any], Library], tmp_path: Path, engine: str
-) -> None:
+def test_two_processes_agree_with_one(single: tuple[dict[str, Any], Library], tmp_path: Path, engine: str) -> None:
     config, alone = single
     config = config | {"micro_batch_size": 2, "output_dir": str(tmp_path / "out")}
     if engine != "ddp":

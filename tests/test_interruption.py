@@ -22,7 +22,9 @@ def contents(library: Path) -> dict[str, Any]:
     """What a library holds: hashes of all stacks, null spaces and rows, and every loss."""
     manifest = json.loads((library / "manifest.json").read_text())
     forgetting = json.loads((library / "report/forgetting.json").read_text())
-    files = sorted(path for folder in ("stacks", "nullspace", "validation") for path in (library / folder).rglob("*.safetensors"))
+    files = sorted(
+        path for folder in ("stacks", "nullspace", "validation") for path in (library / folder).rglob("*.safetensors")
+    )
     hashes = {str(path.relative_to(library)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return {"domains": manifest["domains"], "hashes": hashes, "forgetting": forgetting}
 

@@ -25,7 +25,12 @@ def real_config(model: Path, data: Path, output: Path, domains: list[str], **ove
                 "name": name,
                 "datasets": [{"path": str(data / name / "train.jsonl"), "ds_type": "json", "type": "chat_template"}],
                 "test_datasets": [
-                    {"path": str(data / name / "test.jsonl"), "ds_type": "json", "type": "chat_template", "split": "train[:8]"}
+                    {
+                        "path": str(data / name / "test.jsonl"),
+                        "ds_type": "json",
+                        "type": "chat_template",
+                        "split": "train[:8]",
+                    }
                 ],
             }
             for name in domains
@@ -48,7 +53,10 @@ def test_smollm2_learns_in_4_bit(smollm2_dir: Path, demo_data_dir: Path, tmp_pat
         assert entry.rounds[-1].kept and entry.rounds[-1].loss_after < entry.base_loss
 
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(smollm2_dir, quantization_config=quantization, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
