@@ -108,12 +108,14 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
     def export_stack(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """CPU copies of A and of the B that acts, in fp32.
 
-        B is folded into the null space's complement in fp64: nothing leaks, however little of it the fold leaves.
+        B is folded into the null space's complement in fp64, twice because V is orthonormal in fp32 only: nothing leaks,
+        however little of B is left.
         """
         a_side, b_side = self.trained(adapter_name)
         a, b = whole(a_side.weight), whole(b_side.weight)
         if b_side.basis is not None:
-            b = project_out(b.double(), b_side.basis.cpu().double())
+            basis = b_side.basis.cpu().double()
+            b = project_out(project_out(b.double(), basis), basis)
         return a.float(), b.float()
 
     def stack_shape(self, name: str, config: BrainstacksConfig, a: Tensor, b: Tensor) -> StackShape:
