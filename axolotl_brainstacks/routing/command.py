@@ -16,7 +16,7 @@ from axolotl.utils.logging import get_logger
 from rich.console import Console
 from torch import Tensor
 
-from axolotl_brainstacks.args import RouterArgs
+from axolotl_brainstacks.args import BrainstacksBlock, RouterArgs
 from axolotl_brainstacks.curriculum.build import tuner
 from axolotl_brainstacks.distributed import is_main, on_main
 from axolotl_brainstacks.library import Library
@@ -53,7 +53,7 @@ def run(config: str) -> None:
     if plan is None:
         raise ValueError(f"{config} does not say `adapter: brainstacks`: a router belongs to a library of stacks")
     library = Library.open(plan.library_path)
-    domains = checked_domains(library, plan.block.router)
+    domains = checked_domains(library, plan.block)
     samples = load_samples(plan, library, domains)
     split(samples, plan.block.router)
     model, _, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
@@ -66,19 +66,19 @@ def run(config: str) -> None:
         print(f"The router of {library.path} is saved; figures in {EVALUATION} and {CHART}")
 
 
-def checked_domains(library: Library, args: RouterArgs) -> list[str]:
+def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:
     """The domains to route among. Raises ValueError when there are none, or a setting names one that does not exist."""
     domains = routable_domains(library.manifest)
     if not domains:
         raise ValueError(
             f"{library.path} has no finished domain with a stack, so there is nothing to route among: run `axolotl train`"
         )
-    known = [entry.name for entry in library.manifest.domains]
-    for key, names in (("floors", list(args.floors)), ("soft_domains", args.soft_domains)):
+    known = dict.fromkeys(entry.name for entry in (*library.manifest.domains, *block.curriculum))
+    for key, names in (("floors", list(block.router.floors)), ("soft_domains", block.router.soft_domains)):
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"brainstacks.router.{key} names `{name}`, but the library has {', '.join(known)}: correct the name"
+                    f"brainstacks.router.{key} names `{name}`, but the domains are {', '.join(known)}: correct the name"
                 )
     return domains
 

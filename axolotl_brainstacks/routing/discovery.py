@@ -131,7 +131,7 @@ class _Progress:
 
     def __init__(self, rows: int, domains: int) -> None:
         self.rows, self.rows_done = rows, 0
-        self.bar = tqdm(total=rows * 2 * domains, desc="discovery", unit="loss", disable=not is_main(), leave=True)
+        self.bar = tqdm(total=rows * 3 * domains, desc="discovery", unit="loss", disable=not is_main(), leave=True)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,223 @@
+import json
+import re
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from click.testing import CliRunner
+from models import base_config, chat_dataset, run_axolotl, write_rows
+from rich.console import Console
+from routed import add_domain, meter_of, new_library, random_rows, tiny_base
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from axolotl_brainstacks import cli
+from axolotl_brainstacks.args import RouterArgs
+from axolotl_brainstacks.evaluation import IGNORED
+from axolotl_brainstacks.library import DomainEntry, Library
+from axolotl_brainstacks.routing import report
+from axolotl_brainstacks.routing.command import make_router
+from axolotl_brainstacks.routing.data import Sample, split
+from axolotl_brainstacks.routing.evaluate import CHOICES
+from axolotl_brainstacks.routing.measure import Meter
+from axolotl_brainstacks.routing.router import Router
+
+DOMAINS = ["chat", "code", "math"]
+SETTINGS: dict[str, Any] = {"width": 16, "epochs": 3, "mixed_pairs": 6, "floors": {"chat": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def base() -> PreTrainedModel:
+    return tiny_base()
+
+
+def some_samples(count: int = 24) -> list[Sample]:
+    return [Sample(row, name, (name,)) for name in DOMAINS for row in random_rows(count, Random())]
+
+
+def make(library: Library, meter: Meter, samples: list[Sample], **settings: Any) -> dict[str, Any]:
+    with library.writing():
+        return make_router(library, meter, samples, RouterArgs(**SETTINGS | settings))
+
+
+@torch.no_grad()
+def plain_loss(meter: Meter, sample: Sample, weights: dict[str, float]) -> float:
+    """Loss of one row with every stack of a domain at that domain's weight."""
+    stacks = [stack for stack in meter.stacks if weights.get(stack.domain)]
+    factors = torch.tensor([[weights[stack.domain] for stack in stacks]])
+    with meter.tuner.using_stacks([stack.name for stack in stacks], factors), meter.model.disable_adapter():
+        logits = meter.model(input_ids=torch.tensor([sample.row.input_ids])).logits[0, :-1]
+    return float(F.cross_entropy(logits, torch.tensor(sample.row.labels[1:]), ignore_index=IGNORED))
+
+
+def test_the_evaluation_says_what_each_choice_costs_on_unseen_prompts(base: PreTrainedModel, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", base, DOMAINS, stacks=2)
+    meter, samples = meter_of(library, base), some_samples()
+    evaluation = make(library, meter, samples)
+    assert json.loads((library.path / "router/evaluation.json").read_text()) == json.loads(json.dumps(evaluation))
+    router = Router.load(Library.open(library.path))
+    parts = split(samples, RouterArgs(**SETTINGS))
+    every: dict[str, list[float]] = {choice: [] for choice in CHOICES}
+    for name in DOMAINS:
+        unseen = [s for s, part in zip(samples, parts, strict=True) if part == "test" and s.source == name]
+        assert evaluation["losses"][name]["prompts"] == len(unseen) > 0
+        losses: dict[str, list[float]] = {choice: [] for choice in CHOICES if choice != "discovered"}
+        for sample in unseen:
+            (features,) = meter.features([sample.row.prompt_ids], 256)
+            route = router.route(features[None], torch.ones(1, len(features)))
+            assert route.weights[0, 0] >= 0.2
+            routed = dict(zip(DOMAINS, route.weights[0].tolist(), strict=True))
+            for choice, weights in (
+                ("base", {}), ("ungated", dict.fromkeys(DOMAINS, 1.0)), ("own_label", {name: 1.0}), ("router", routed)
+            ):  # fmt: skip
+                losses[choice].append(plain_loss(meter, sample, weights))
+        row = evaluation["losses"][name]
+        for choice, values in losses.items():
+            assert row[choice] == pytest.approx(sum(values) / len(values), abs=1e-5), (name, choice)
+            every[choice] += values
+        assert row["discovered"] <= min(row["base"], row["own_label"]) + 0.01
+        assert row["regret"] == pytest.approx(row["router"] - row["discovered"])
+    for choice in ("base", "ungated", "own_label", "router"):
+        overall = evaluation["losses"]["all domains"][choice]
+        assert overall == pytest.approx(sum(every[choice]) / len(every[choice]), abs=1e-5)
+    assert evaluation["losses"]["_mixed"]["prompts"] == 6
+    assert {name: sum(wins.values()) for name, wins in evaluation["winners"].items()} == {
+        **dict.fromkeys(DOMAINS, 24), "_mixed": 6
+    }  # fmt: skip
+    assert library.verify() == []
+    assert (library.path / "report/router.png").read_bytes().startswith(b"\x89PNG")
+    console = Console(record=True, width=80)
+    report.show(evaluation, console)
+    printed = console.export_text()
+    assert all(f"{evaluation['losses'][name]['router']:.3f}" in printed for name in DOMAINS)
+
+
+def test_the_same_seed_gives_the_same_files(base: PreTrainedModel, tmp_path: Path) -> None:
+    seed, samples, contents = Random().randrange(10**6), some_samples(8), []
+    for name in ("one", "two"):
+        torch.manual_seed(seed)
+        library = new_library(tmp_path / name, base, DOMAINS)
+        torch.rand(len(contents))  # whatever the state of the global generator
+        make(library, meter_of(library, base), samples)
+        files = sorted(path for path in (library.path / "router").rglob("*") if path.is_file())
+        contents.append({path.relative_to(library.path): path.read_bytes() for path in files})
+    assert len(contents[0]) == 11 and contents[0] == contents[1]
+
+
+def test_a_second_run_reads_what_the_first_one_measured(base: PreTrainedModel, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", base, DOMAINS)
+    samples = some_samples(8)
+    first = make(library, meter_of(library, base), samples)
+    second = make(library, meter_of(library, base), samples)
+    features, routes = -(-30 // 8), -(-9 // 8)
+    assert first["forwards"] > second["forwards"] == features + routes
+    assert first["losses"] == second["losses"]
+
+
+# The command itself
+
+
+def config(folder: Path, model: Path, library: Path, **router: Any) -> dict[str, Any]:
+    """Domain `code` has its datasets here; those of the library's other domains were in YAMLs of their own."""
+    rows = chat_dataset(write_rows(folder / "code.jsonl", 30, Random()))
+    block = {"library": str(library), "domain": "code", "router": SETTINGS | router}
+    return base_config(
+        model, folder / "out", adapter="brainstacks", brainstacks=block, datasets=[rows], val_set_size=0.1
+    )
+
+
+def written(folder: Path, content: dict[str, Any]) -> Path:
+    (folder / "config.yml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "config.yml"
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Library]:
+    """A model with a tokenizer, and a library of three finished domains on it."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    return tiny_llama_dir, new_library(tmp_path_factory.mktemp("tiny") / "library", base, DOMAINS)
+
+
+def test_the_command_makes_a_router(tiny: tuple[Path, Library], tmp_path: Path) -> None:
+    model, library = tiny
+    path = written(tmp_path, config(tmp_path, model, library.path, samples=12))
+    printed = run_axolotl(["brainstacks-router", path], tmp_path)
+    assert "Mean loss per answer token on unseen prompts" in printed and "router.png" in printed
+    assert Router.load(Library.open(library.path)).domains == DOMAINS
+    rows = {name: (library.path / f"router/discovery/{name}.jsonl").read_text().count("row") for name in DOMAINS}
+    assert rows == {"chat": 10, "code": 12, "math": 10}, "from the datasets, and from validation rows in the library"
+    assert library.verify() == []
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def assert_refused(content: dict[str, Any], folder: Path, message: str) -> None:
+    """The command ends with status 1 and one line, and leaves the library as it was."""
+    library = Path(content.get("brainstacks", {}).get("library", folder / "none"))
+    before = contents(library)
+    result = CliRunner().invoke(cli.router, [str(written(folder, content))])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and re.search(message, errors[0]), result.output
+    assert result.output.rstrip().endswith(errors[0]), "something is printed after the error"
+    assert contents(library) == before
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (
+            {"floors": {"kitchen": 0.2}},
+            "brainstacks.router.floors names `kitchen`, but the domains are chat, code, math",
+        ),
+        ({"soft_domains": ["kitchen"]}, "brainstacks.router.soft_domains names `kitchen`"),
+        ({"gate_threshold": 1.5}, "brainstacks.router.gate_threshold"),
+        ({"floors": {"chat": 7}}, "brainstacks.router.floors.chat is 7"),
+        ({"wieghts": "hard"}, "brainstacks.router.wieghts"),
+    ],
+)
+def test_settings_that_cannot_be(
+    tiny: tuple[Path, Library], tmp_path: Path, router: dict[str, Any], message: str
+) -> None:
+    model, library = tiny
+    assert_refused(config(tmp_path, model, library.path, **router), tmp_path, message)
+
+
+def test_no_library(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    content = config(tmp_path, tiny_llama_dir, tmp_path / "nowhere")
+    assert_refused(content, tmp_path, "nowhere is not a library.*train a library first")
+
+
+def test_a_library_without_stacks(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    library = new_library(tmp_path / "library", base, [])
+    with library.writing():
+        library.add_domain(DomainEntry(name="chat", base_loss=2.0, done=True))
+    assert_refused(config(tmp_path, tiny_llama_dir, library.path), tmp_path, "no finished domain with a stack")
+
+
+def test_a_config_of_another_adapter(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    content = base_config(tiny_llama_dir, tmp_path / "out", adapter="lora")
+    content["datasets"] = [chat_dataset(write_rows(tmp_path / "rows.jsonl", 3, Random()))]
+    assert_refused(content, tmp_path, "does not say `adapter: brainstacks`")
+
+
+def test_a_domain_whose_rows_have_no_prompt(tiny: tuple[Path, Library], tmp_path: Path) -> None:
+    model, library = tiny
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"a text {i}"}) + "\n" for i in range(9)))
+    texts = {"path": str(tmp_path / "texts.jsonl"), "ds_type": "json", "type": "completion"}
+    content = config(tmp_path, model, library.path) | {"datasets": [texts]}
+    assert_refused(content, tmp_path, "datasets of `code` have no row with a prompt before an answer")
+
+
+def test_a_domain_that_has_no_prompts_anywhere(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    library = new_library(tmp_path / "library", base, [])
+    for name in ("chat", "law"):
+        add_domain(library, base, name, rows=random_rows(5, Random()) if name == "chat" else ())
+    assert_refused(config(tmp_path, tiny_llama_dir, library.path), tmp_path, "`law` of .* has no prompts to measure on")
