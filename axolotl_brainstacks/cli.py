@@ -1,5 +1,6 @@
 """The click commands. Nothing heavy is imported before a command runs: `axolotl --help` imports this module."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ def _open(ctx: click.Context) -> "Library":
     return Library.open(ctx.obj)
 
 
-@click.group(cls=_Commands, short_help="list, verify or prune a library of brainstacks")
-@click.argument("lib", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.group(cls=_Commands, short_help="list, verify, prune or extend a library of brainstacks")
+@click.argument("lib", type=click.Path(file_okay=False, path_type=Path))
 @click.pass_context
 def library(ctx: click.Context, lib: Path) -> None:
     """Look after LIB, the folder that `brainstacks.library` names."""
@@ -63,7 +64,7 @@ def list_domains(ctx: click.Context) -> None:
             "yes" if domain.done else "no",
             str(len(domain.rounds)),
             str(len(stacks)),
-            f"{domain.base_loss:.3f} -> {domain.last_loss:.3f}",
+            "imported" if math.isnan(domain.base_loss) else f"{domain.base_loss:.3f} -> {domain.last_loss:.3f}",
             f"{domain.nullspace.capacity_left:.0%}" if domain.nullspace else "-",
             f"{sum(record.bytes for record in records) / 1e6:.1f}",
             ("stale" if manifest.router and manifest.router.stale else "fitted") if routed else "none",
@@ -130,3 +131,19 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
 
     worker = [*LAUNCHER_COMMAND_MAPPING[launcher], *ctx.args, "-m", "axolotl_brainstacks.routing.command", config]
     ctx.exit(subprocess.run(worker).returncode)
+
+
+@library.command("import")
+@click.argument("name")
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--base-model", help="Where the adapter's base model is, if not where its adapter_config.json says.")
+@click.pass_context
+def import_adapter(ctx: click.Context, name: str, adapter: Path, base_model: str | None) -> None:
+    """Add the PEFT LoRA in folder ADAPTER as domain NAME.
+
+    Makes the library if there is none. To be routed to, the domain needs `datasets:` in the YAML.
+    """
+    from axolotl_brainstacks.lora_import import import_lora
+
+    stack = import_lora(ctx.obj, name, adapter, base_model)
+    click.echo(f"Imported {adapter} as {stack.name}. Fit the router: axolotl brainstacks-router CONFIG")

@@ -99,14 +99,21 @@ class Library:
     def add_domain(self, entry: DomainEntry, validation: bytes | None = None) -> None:
         """List a domain, with the rows (`evaluation.pack_rows`) that its losses are measured on."""
         with self._changing() as manifest:
-            if entry.name in (domain.name for domain in manifest.domains):
-                raise ValueError(
-                    f"domain {entry.name!r} is in {self.path} already: choose another name, or remove it with "
-                    f"`axolotl brainstacks-library {self.path} remove {entry.name}`"
-                )
-            manifest.domains.append(entry)
+            self._append_domain(manifest, entry)
             if validation is not None:
                 entry.validation = self._put(f"validation/{entry.name}.safetensors", validation)
+
+    def import_domain(self, entry: DomainEntry, config: dict[str, Any], tensors: dict[str, Tensor]) -> StackEntry:
+        """List a domain together with its only stack, trained elsewhere; the router is stale then. Arguments and errors
+        as `add_stack`."""
+        data = _stack_files(entry.name, config, tensors)
+        with self._changing() as manifest:
+            self._append_domain(manifest, entry)
+            stack = self._put_stack(manifest, entry.name, 1, data)
+            entry.context = [stack.name]
+            if manifest.router:
+                manifest.router.stale = True
+        return stack
 
     def update_domain(self, name: str, **changes: Any) -> DomainEntry:
         assert "name" not in changes, "stacks carry their domain's name"
@@ -137,24 +144,11 @@ class Library:
         ValueError for a non-finite tensor or an all-zero B, OSError when the disk is full; then nothing has changed.
         """
         assert record.kept and record.round == round, record
-        for key, tensor in tensors.items():
-            if key.endswith("brainstacks_B.weight") and not tensor.any():
-                raise ValueError(
-                    f"dead stack: {key} of domain {domain!r} is all zero, so the stack changes nothing "
-                    "and is not saved: raise its learning_rate or max_steps, or lower null_space.directions"
-                )
-        data = {CONFIG: json_to_bytes(config), WEIGHTS: tensors_to_bytes(tensors, f"the stack of domain {domain!r}")}
+        data = _stack_files(domain, config, tensors)
         with self._changing() as manifest:
-            name = manifest.next_stack_name(domain)
-            staged = self.path / STAGE / name
-            files = {file: write_durably(staged / file, content) for file, content in data.items()}
-            sync_folder(staged)
-            self._publish(staged, f"stacks/{name}")
-            entry = StackEntry(name=name, domain=domain, round=round, files=files)
-            manifest.stacks.append(entry)
-            manifest.domain(domain).rounds.append(record.model_copy(update={"stack": name}))
-            manifest.domain(domain).context = [*(context or []), name]
-            manifest.next_stack += 1
+            entry = self._put_stack(manifest, domain, round, data)
+            manifest.domain(domain).rounds.append(record.model_copy(update={"stack": entry.name}))
+            manifest.domain(domain).context = [*(context or []), entry.name]
         return entry
 
     def write_nullspace(
@@ -281,6 +275,25 @@ class Library:
         finally:
             self._sweep()
 
+    def _append_domain(self, manifest: Manifest, entry: DomainEntry) -> None:
+        if entry.name in (domain.name for domain in manifest.domains):
+            raise ValueError(
+                f"domain {entry.name!r} is in {self.path} already: choose another name, or remove it with "
+                f"`axolotl brainstacks-library {self.path} remove {entry.name}`"
+            )
+        manifest.domains.append(entry)
+
+    def _put_stack(self, manifest: Manifest, domain: str, round: int, data: dict[str, bytes]) -> StackEntry:
+        name = manifest.next_stack_name(domain)
+        staged = self.path / STAGE / name
+        files = {file: write_durably(staged / file, content) for file, content in data.items()}
+        sync_folder(staged)
+        self._publish(staged, f"stacks/{name}")
+        entry = StackEntry(name=name, domain=domain, round=round, files=files)
+        manifest.stacks.append(entry)
+        manifest.next_stack += 1
+        return entry
+
     def _commit(self, manifest: Manifest) -> None:
         self._put(MANIFEST, json_to_bytes(json.loads(manifest.model_dump_json())))
 
@@ -316,6 +329,17 @@ class Library:
                 f"`axolotl brainstacks-library {self.path} remove DOMAIN` and train it again"
             )
         return self.path / relative
+
+
+def _stack_files(domain: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """A PEFT folder's files by name. Raises ValueError for a stack that must not be kept."""
+    for key, tensor in tensors.items():
+        if key.endswith("brainstacks_B.weight") and not tensor.any():
+            raise ValueError(
+                f"dead stack: {key} of domain {domain!r} is all zero, so the stack changes nothing "
+                "and is not saved: raise its learning_rate or max_steps, or lower null_space.directions"
+            )
+    return {CONFIG: json_to_bytes(config), WEIGHTS: tensors_to_bytes(tensors, f"the stack of domain {domain!r}")}
 
 
 def _owner(path: Path) -> str:

@@ -135,7 +135,8 @@ class NullSpaceEntry(_Entry):
 class DomainEntry(_Entry):
     """One domain; `context` names the stacks that were on while it trained, its own ones included.
 
-    `validation` is the record of `validation/<name>.safetensors`: the rows that all its losses are measured on.
+    `validation` is the record of `validation/<name>.safetensors`: the rows that all its losses are measured on. An
+    imported domain has none, no round, and NaN for the base's loss.
     """
 
     name: DomainName
@@ -154,7 +155,7 @@ class DomainEntry(_Entry):
 
 
 class RouterEntry(_Entry):
-    """The fitted router; `files` are relative to the library. Stale: a domain it knows was removed since."""
+    """The fitted router; `files` are relative to the library. Stale: a domain was removed or imported since."""
 
     files: dict[RelativePath, FileRecord]
     domains: list[DomainName]

@@ -1,0 +1,190 @@
+"""An ordinary PEFT LoRA adapter becomes a domain of a library: a stack of one expert, whose gate is always 1."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from axolotl_brainstacks.adapter.config import BrainstacksConfig
+from axolotl_brainstacks.adapter.model import BrainstacksModel, library_config
+from axolotl_brainstacks.adapter.tensors import stack_tensors
+from axolotl_brainstacks.args import DOMAIN_NAME
+from axolotl_brainstacks.library import CONFIG, WEIGHTS, BaseModelInfo, DomainEntry, Library, StackEntry
+from axolotl_brainstacks.storage import load_tensors
+
+_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+# Options that a trained adapter's output does not depend on, or that `stack_of` takes over. Any other one, also one that
+# a newer PEFT has added, changes what the adapter computes.
+_TAKEN_OVER = {
+    *(
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("init_lora_weights", "eva_config", "loftq_config", "megatron_core", "runtime_config"),
+}
+# Others change the base model's weights when they start.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def import_lora(library_path: Path, name: str, folder: Path, base_model: str | None = None) -> StackEntry:
+    """Add the LoRA adapter in `folder` as the finished domain `name`; the library is made if there is none.
+
+    The adapter's base model is loaded, from `base_model` if given: that it is the library's is judged by its
+    architecture and weights, and every tensor is tried on it. Outputs stay as they were, to rounding.
+
+    Raises:
+        ValueError: for a name that is taken or cannot be one, an adapter that no stack can equal, or another base model;
+            then nothing on disk has changed.
+    """
+    if not DOMAIN_NAME.fullmatch(name):
+        raise ValueError(f"`{name}` cannot be a domain's name: use lower-case letters, digits and _, a letter first")
+    library = Library.open(library_path) if Library.exists(library_path) else None
+    if library is not None and name in [entry.name for entry in library.manifest.domains]:
+        raise ValueError(f"{library_path} has a domain `{name}` already: choose another name, or remove it first")
+    config = read_config(folder)
+    pairs = read_pairs(folder)
+    base_name = base_model or config["base_model_name_or_path"]
+    model = _load_base(folder, base_name, None if base_model else config.get("revision"))
+    base = BaseModelInfo.of(model, base_name)
+    if library is not None:
+        library.manifest.base.check(base)
+    stack_config, tensors = stack_of(config, pairs)
+    stack_config.base_model_name_or_path = base_name
+    _try_on(model, name, stack_config, tensors, pairs)
+    library = library or Library.create(library_path, base)
+    with library.writing():
+        entry = DomainEntry(name=name, base_loss=math.nan, done=True)
+        stack = library.import_domain(entry, stack_config.to_dict(), tensors)
+        if not (library.path / CONFIG).exists():
+            library.write_root_config(library_config(base_name, ".").to_dict())
+    return stack
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's config. Raises ValueError naming an option that no stack can reproduce."""
+    path = folder / CONFIG
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no PEFT adapter: {CONFIG} cannot be read ({error})") from error
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: `peft_type` is {config.get('peft_type')}; only LORA can be imported")
+    defaults = LoraConfig().to_dict()
+    for key, value in config.items():
+        if key not in _TAKEN_OVER and value and value != defaults.get(key):
+            raise ValueError(f"{path}: `{key}` is {json.dumps(value)}, and a stack cannot do that; train without it")
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise ValueError(
+            f"{path}: `init_lora_weights` is {config['init_lora_weights']}, which changes the base model; convert it to "
+            "a plain LoRA with PEFT's `path_initial_model_for_weight_conversion`"
+        )
+    return config
+
+
+def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, in) and B (out, r) by module name, fp32, of projections whose B is not zero.
+
+    Raises:
+        ValueError: naming a tensor that is none of these, is not finite, or has no partner.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; an adapter in another format has to be saved as safetensors first")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_tensors(path).items():
+        match = _KEY.match(key)
+        if match is None:
+            raise ValueError(
+                f"{path}: `{key}` is no A or B matrix of a linear projection, and a stack has nothing else"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: `{key}` has NaN or infinite values; train the adapter again")
+        found.setdefault(match["module"], {})[match["side"]] = tensor.float()
+    for module_name, pair in found.items():
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise ValueError(f"{path}: {module_name} has no A and B of one rank; the file is incomplete")
+    pairs = {module_name: (pair["A"], pair["B"]) for module_name, pair in found.items() if pair["B"].any()}
+    if not pairs:
+        raise ValueError(f"{path}: every B matrix is zero, so the adapter changes nothing; train it first")
+    return pairs
+
+
+def stack_of(
+    config: Mapping[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[BrainstacksConfig, dict[str, Tensor]]:
+    """Config and tensors of a stack with the same output.
+
+    Smaller ranks are filled up with zeros, and what a projection's scale differs by goes into its B: both exact.
+    """
+    rank = max(a.shape[0] for a, _ in pairs.values())
+    rslora, alpha = bool(config.get("use_rslora")), float(config["lora_alpha"])
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+
+    def divisor(r: int) -> float:
+        return math.sqrt(r) if rslora else r
+
+    stack_config = BrainstacksConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        num_experts=1,
+        top_k=1,
+        noisy_gate=False,
+        balance_coef=0.0,
+        target_modules=sorted(pairs),
+        inference_mode=True,
+    )
+    stack = {}
+    for module_name, (a, b) in pairs.items():
+        scale = alphas.get(get_pattern_key(list(alphas), module_name), alpha) / divisor(a.shape[0])
+        missing = rank - a.shape[0]
+        gate_and_noise = torch.zeros(2, a.shape[1])
+        stack[module_name] = (
+            torch.cat([gate_and_noise, F.pad(a, (0, 0, 0, missing))]),
+            F.pad(b * (scale / stack_config.scaling), (0, missing)),
+        )
+    return stack_config, stack_tensors(stack)
+
+
+def _load_base(folder: Path, name: str | None, revision: str | None) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name or "", revision=revision or "main", dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The base model {name!r} of {folder} cannot be loaded ({str(error).splitlines()[0]}): name it with --base-model"
+        ) from error
+
+
+def _try_on(
+    model: PreTrainedModel,
+    name: str,
+    config: BrainstacksConfig,
+    tensors: dict[str, Tensor],
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Raises ValueError when a projection is not in the model, is none that stacks wrap, or has another shape."""
+    tuner = BrainstacksModel(model, BrainstacksConfig(target_modules=DUMMY_TARGET_MODULES), "default")
+    prefix = tuner._language_model_prefix()
+    if outside := [module_name for module_name in pairs if not module_name.startswith(prefix)]:
+        raise ValueError(f"Domain {name}: {outside[0]} lies outside the language model, where stacks cover nothing")
+    tuner.attach_stack(name, name, config, tensors)

@@ -1,0 +1,252 @@
+"""Ordinary PEFT LoRA adapters become domains of a library, with the outputs they had."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from peft import LoraConfig, PeftModel, get_peft_model
+from routed import VOCABULARY, new_library, tiny_base, tuner_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from axolotl_brainstacks import cli
+from axolotl_brainstacks.args import GateArgs
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.routing.router import Router, RouterConfig
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_base().save_pretrained(folder)
+    return folder
+
+
+def fresh_base(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def save_lora(folder: Path, base: Path, scale: float = 0.1, **options: Any) -> PeftModel:
+    """Save a LoRA adapter with a random B, as a trainer would, and return the model that it is on."""
+    config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, "target_modules": LINEAR} | options)
+    model = get_peft_model(fresh_base(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding" in name:
+                parameter.normal_(std=scale)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model.eval()
+
+
+def run(library: Path, *arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.library, [str(library), "import", *map(str, arguments)])
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, VOCABULARY, (3, 17))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "r": 6, "lora_alpha": 5},
+        {"target_modules": ["q_proj", "v_proj"], "r": 3},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 3, "layers.[02].*.q_proj": 1}},
+        {"rank_pattern": {"down_proj": 8}, "alpha_pattern": {"o_proj": 1}, "use_rslora": True, "lora_dropout": 0.5},
+        {"layers_to_transform": [1, 3], "init_lora_weights": "gaussian"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_outputs_equal_pefts(base_dir: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """On a new library, and beside another adapter."""
+    other = save_lora(tmp_path / "other", base_dir, r=2)
+    lora = save_lora(tmp_path / "lora", base_dir, **options)
+    library = tmp_path / "library"
+    for name, folder in (("first", "other"), ("second", "lora")):
+        result = run(library, name, tmp_path / folder)
+        assert result.exit_code == 0, result.output
+    model = PeftModel.from_pretrained(fresh_base(base_dir), str(library)).eval()
+    ids = tokens()
+    with torch.no_grad():
+        plain = fresh_base(base_dir)(ids).logits
+        for name, peft in (("first", other), ("second", lora)):
+            expected = peft(ids).logits
+            assert float((expected - plain).abs().max()) > 0.05
+            with tuner_of(model).routed(domains={name: 1.0}):
+                assert float((model(ids).logits - expected).abs().max()) < 1e-5
+        with tuner_of(model).routed(domains={}):
+            assert torch.equal(model(ids).logits, plain)
+
+
+def test_the_stack_is_a_peft_folder_of_its_own_with_rank_and_scale_kept(base_dir: Path, tmp_path: Path) -> None:
+    lora = save_lora(tmp_path / "lora", base_dir, r=5, lora_alpha=7, use_rslora=True)
+    assert run(tmp_path / "library", "sums", tmp_path / "lora").exit_code == 0
+    library = Library.open(tmp_path / "library")
+    (stack,), (domain,) = library.manifest.stacks, library.manifest.domains
+    assert (stack.name, domain.name, domain.done, domain.context) == ("s001_sums", "sums", True, ["s001_sums"])
+    config = library.stack_config(stack.name)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["num_experts"]) == (5, 7, True, 1)
+    alone = PeftModel.from_pretrained(fresh_base(base_dir), str(library.stack_path(stack.name))).eval()
+    ids = tokens()
+    with torch.no_grad():
+        assert float((alone(ids).logits - lora(ids).logits).abs().max()) < 1e-5
+    assert library.verify() == []
+    listing = CliRunner().invoke(cli.library, [str(library.path), "list"])
+    assert "imported" in listing.output and "sums" in listing.output
+
+
+def test_an_adapter_in_half_precision_comes_in_as_peft_reads_it(base_dir: Path, tmp_path: Path) -> None:
+    save_lora(tmp_path / "lora", base_dir)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({key: tensor.to(torch.bfloat16) for key, tensor in load_file(file).items()}, file)
+    lora = PeftModel.from_pretrained(fresh_base(base_dir), str(tmp_path / "lora")).eval()
+    assert run(tmp_path / "library", "sums", tmp_path / "lora").exit_code == 0
+    model = PeftModel.from_pretrained(fresh_base(base_dir), str(tmp_path / "library")).eval()
+    ids = tokens()
+    with torch.no_grad():
+        assert float((model(ids).logits - lora(ids).logits).abs().max()) < 1e-5
+
+
+def test_imported_domains_are_routed_among(base_dir: Path, tmp_path: Path) -> None:
+    loras = {name: save_lora(tmp_path / name, base_dir, r=Random().randint(2, 6)) for name in ("poems", "sums")}
+    library = new_library(tmp_path / "library", fresh_base(base_dir), ["chat"])
+    gate = GateArgs(gate_threshold=0.5, weights="hard")
+    Router.fresh(RouterConfig(domains=["chat"], features=32, width=16, dropout=0.0, gate=gate), 1).save(library)
+    for name in loras:
+        assert run(library.path, name, tmp_path / name).exit_code == 0
+        assert Library.open(library.path).manifest.router.stale  # type: ignore[union-attr]
+    library = Library.open(library.path)
+    assert [entry.name for entry in library.manifest.domains] == ["chat", "poems", "sums"]
+    router = Router.fresh(
+        RouterConfig(domains=["chat", "poems", "sums"], features=32, width=16, dropout=0.0, gate=gate), 2
+    )
+    how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": VOCABULARY, "pad_token_id": 0}
+    ids = tokens()
+    for number, name in enumerate(loras, start=1):
+        with torch.no_grad():
+            router.network.outputs.weight.zero_()
+            router.network.outputs.bias.copy_(torch.tensor([5.0 if i == number else -5.0 for i in range(3)]))
+        router.save(library)
+        model = PeftModel.from_pretrained(fresh_base(base_dir), str(library.path)).eval()
+        assert [route.weights for route in tuner_of(model).route(ids)] == [{name: 1.0}] * 3
+        assert torch.equal(model.generate(ids, **how), loras[name].generate(input_ids=ids, **how))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_bytes())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def retensor(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+REFUSED: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
+    "DoRA": ("`use_dora` is true", lambda f, base: save_lora(f, base, use_dora=True)),
+    "bias": ("`bias` is \"all\"", lambda f, base: save_lora(f, base, bias="all")),
+    "LoRA bias": ("`lora_bias` is true", lambda f, base: save_lora(f, base, lora_bias=True)),
+    "whole modules": (
+        r"`modules_to_save` is \[\"lm_head\"\]", lambda f, base: save_lora(f, base, modules_to_save=["lm_head"]),
+    ),
+    "trainable tokens": (
+        "`trainable_token_indices`", lambda f, base: save_lora(f, base, trainable_token_indices=[1, 2]),
+    ),
+    "parameters": (
+        "`target_parameters`",
+        lambda f, base: save_lora(f, base, target_modules=["q_proj"], target_parameters=["mlp.down_proj.weight"]),
+    ),
+    "embedding": (
+        "embed_tokens.lora_embedding_A", lambda f, base: save_lora(f, base, target_modules=["embed_tokens", "q_proj"]),
+    ),
+    "an option of tomorrow": ("`use_xora` is 3", lambda f, base: rewrite(f, lambda c: c.update(use_xora=3))),
+    "a changed base": ("`init_lora_weights` is pissa", lambda f, base: rewrite(f, lambda c: c.update(init_lora_weights="pissa"))),
+    "another method": ("`peft_type` is IA3", lambda f, base: rewrite(f, lambda c: c.update(peft_type="IA3"))),
+    "no config": ("is no PEFT adapter", lambda f, base: (f / "adapter_config.json").unlink()),
+    "no tensors": ("adapter_model.safetensors is missing", lambda f, base: (f / "adapter_model.safetensors").unlink()),
+    "no such base": (
+        "cannot be loaded.*--base-model", lambda f, base: rewrite(f, lambda c: c.update(base_model_name_or_path="/nowhere")),
+    ),
+    "no such module": (
+        "no module model.layers.9.self_attn.q_proj",
+        lambda f, base: retensor(f, lambda t: t.update({
+            Q0.replace(".0.", ".9.") + side + ".weight": t[Q0 + side + ".weight"].clone() for side in "AB"})),
+    ),
+    "no linear module": (
+        "cannot wrap model.norm",
+        lambda f, base: retensor(f, lambda t: t.update({
+            "base_model.model.model.norm.lora_A.weight": torch.randn(4, 32),
+            "base_model.model.model.norm.lora_B.weight": torch.randn(32, 4)})),
+    ),
+    "another shape": (
+        "self_attn.q_proj have shapes", lambda f, base: retensor(f, lambda t: t.update({Q0 + "A.weight": torch.randn(4, 31)})),
+    ),
+    "another rank": (
+        "no A and B of one rank", lambda f, base: retensor(f, lambda t: t.update({Q0 + "A.weight": torch.randn(3, 32)})),
+    ),
+    "half a pair": ("no A and B of one rank", lambda f, base: retensor(f, lambda t: t.pop(Q0 + "B.weight"))),
+    "not finite": ("NaN or infinite", lambda f, base: retensor(f, lambda t: t[Q0 + "B.weight"].fill_(torch.nan))),
+    "untrained": (
+        "every B matrix is zero",
+        lambda f, base: retensor(f, lambda t: [b.zero_() for key, b in t.items() if "lora_B" in key]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_what_no_stack_can_equal_is_refused(case: str, base_dir: Path, tmp_path: Path) -> None:
+    message, make = REFUSED[case]
+    save_lora(tmp_path / "lora", base_dir)
+    library = new_library(tmp_path / "library", fresh_base(base_dir), ["chat"])
+    before = contents(library.path)
+    make(tmp_path / "lora", base_dir)
+    for path in (library.path, tmp_path / "new"):
+        result = run(path, "sums", tmp_path / "lora")
+        assert result.exit_code == 1
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(result.output.replace("\n", " "))
+    assert contents(library.path) == before
+    assert not (tmp_path / "new" / "manifest.json").exists()
+
+
+def test_another_base_model_is_refused_and_the_same_one_elsewhere_is_not(base_dir: Path, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", fresh_base(base_dir), ["chat"])
+    before = contents(library.path)
+    tiny_base().save_pretrained(tmp_path / "twin")
+    save_lora(tmp_path / "lora", tmp_path / "twin")
+    result = run(library.path, "sums", tmp_path / "lora")
+    assert result.exit_code == 1 and "same architecture with other weights" in result.output
+    assert contents(library.path) == before
+    shutil.rmtree(tmp_path / "twin")
+    assert run(library.path, "sums", tmp_path / "lora", "--base-model", base_dir).exit_code == 0
+
+
+def test_names_that_are_taken_or_cannot_be_are_refused(base_dir: Path, tmp_path: Path) -> None:
+    save_lora(tmp_path / "lora", base_dir)
+    library = new_library(tmp_path / "library", fresh_base(base_dir), ["chat"])
+    before = contents(library.path)
+    for name, message in (("chat", "a domain `chat` already"), ("Big Sums", "`Big Sums` cannot be a domain's name")):
+        result = run(library.path, name, tmp_path / "lora")
+        assert result.exit_code == 1 and message in result.output
+    assert contents(library.path) == before
