@@ -73,7 +73,8 @@ def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:
         raise ValueError(
             f"{library.path} has no finished domain with a stack, so there is nothing to route among: run `axolotl train`"
         )
-    known = dict.fromkeys(entry.name for entry in (*library.manifest.domains, *block.curriculum))
+    known = [entry.name for entry in library.manifest.domains]
+    known += [domain.name for domain in block.curriculum if domain.name not in known]
     for key, names in (("floors", list(block.router.floors)), ("soft_domains", block.router.soft_domains)):
         for name in names:
             if name not in known:
