@@ -29,7 +29,9 @@ $(VENV)/.installed: pyproject.toml Makefile
 demo: install
 	$(VENV)/bin/python example_configs/prepare_demo.py --out $(DEMO)
 	$(VENV)/bin/axolotl train example_configs/brainstacks_demo.yml
+	$(VENV)/bin/axolotl brainstacks-router example_configs/brainstacks_demo.yml
 	$(VENV)/bin/axolotl brainstacks-library $(DEMO)/library list
+	$(VENV)/bin/python example_configs/ask_demo.py --demo $(DEMO)
 
 # Most of a test's time is one process starting up, so two test files run side by side, each on one core.
 test: export OMP_NUM_THREADS := 1
