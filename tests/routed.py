@@ -44,6 +44,7 @@ def add_domain(
     name: str,
     stacks: int = 1,
     rows: Sequence[Row] = (),
+    scale: float = 0.15,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Add a finished domain with random stacks that change losses in both directions, and its validation rows."""
@@ -53,17 +54,19 @@ def add_domain(
     with library.writing():
         library.add_domain(DomainEntry(name=name, base_loss=2.0), pack_rows(rows) if rows else None)
         for number in range(1, stacks + 1):
-            tensors = {key: torch.randn_like(tensor) * 0.15 for key, tensor in tuner.export_stack("default").items()}
+            tensors = {key: torch.randn_like(tensor) * scale for key, tensor in tuner.export_stack("default").items()}
             record = ROUND.model_copy(update={"round": number})
             library.add_stack(name, number, model.peft_config["default"].to_dict(), tensors, record)
         library.update_domain(name, done=True)
 
 
-def new_library(path: Path, base: PreTrainedModel, domains: Sequence[str], stacks: int = 1) -> Library:
+def new_library(
+    path: Path, base: PreTrainedModel, domains: Sequence[str], stacks: int = 1, scale: float = 0.15
+) -> Library:
     """A library of finished domains that PEFT can load; their validation rows are fresh random ones."""
     library = Library.create(path, BaseModelInfo.of(base, "tiny"))
     for name in domains:
-        add_domain(library, base, name, stacks, random_rows(10, Random(name)))
+        add_domain(library, base, name, stacks, random_rows(10, Random(name)), scale=scale)
     with library.writing():
         library.write_root_config(library_config("tiny", ".").to_dict())
     return library
