@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from routed import add_domain, meter_of, new_library, random_rows, tiny_base
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Row
@@ -64,21 +64,44 @@ def published_loop(meter: Meter, row: Row, min_gain: float) -> tuple[dict[Domain
     return losses, best, len(losses)
 
 
-def test_batched_discovery_finds_what_the_published_loop_finds(base: LlamaForCausalLM, tmp_path: Path) -> None:
-    library = new_library(tmp_path / "library", base, FIVE, stacks=2)
-    meter = meter_of(library, base, batch_size=8)
-    rows = random_rows(40, Random())
-    found = run(library, meter, rows)
-    counted = meter.forwards
-    loop_forwards = 0
-    for row, item in zip(rows, found, strict=True):
-        losses, best, forwards = published_loop(meter, row, min_gain=0.01)
-        loop_forwards += forwards
+def assert_as_published(meter: Meter, found: list[Found]) -> int:
+    """The loop must measure the same sets, find the same losses and choose the same set; returns its forwards."""
+    forwards = 0
+    for item in found:
+        losses, best, needed = published_loop(meter, item.row, min_gain=0.01)
+        forwards += needed
         assert item.best == best
         assert set(item.losses) == set(losses), "something was measured that nobody reads, or not measured"
         assert max(abs(item.losses[names] - losses[names]) for names in losses) < 1e-5
-    assert counted * 5 <= loop_forwards, f"{counted} forwards, the published loop needs {loop_forwards}"
+    return forwards
+
+
+def test_batched_discovery_finds_what_the_published_loop_finds(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", base, FIVE, stacks=2)
+    meter = meter_of(library, base, batch_size=8)
+    found = run(library, meter, random_rows(24, Random()))
+    counted = meter.forwards
+    needed = assert_as_published(meter, found)
+    assert counted * 5 <= needed, f"{counted} forwards, the published loop needs {needed}"
     assert len({item.best for item in found}) > 3, "the rows are too much alike to prove anything"
+
+
+def test_the_same_on_a_pretrained_model(smollm2_dir: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    rows = []
+    for question, answer in (
+        ("The capital of France is", " Paris."),
+        ("1 + 2 =", " 3, and 2 + 3 = 5."),
+        ("Hi!", " Hello"),
+    ):
+        prompt, reply = tokenizer(question)["input_ids"], tokenizer(answer)["input_ids"]
+        rows.append(Row(prompt + reply, [IGNORED] * len(prompt) + reply))
+    library = new_library(tmp_path / "library", base, FIVE[:2], scale=0.03)
+    meter = meter_of(library, base)
+    found = run(library, meter, rows)
+    assert len({round(loss, 3) for item in found for loss in item.losses.values()}) > 6, "the stacks do nothing"
+    assert_as_published(meter, found)
 
 
 def test_exhaustive_measures_every_set(base: LlamaForCausalLM, tmp_path: Path) -> None:
