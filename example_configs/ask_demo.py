@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-import axolotl_brainstacks  # noqa: F401  (teaches PEFT the type BRAINSTACKS)
 import click
 import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import axolotl_brainstacks  # noqa: F401  (teaches PEFT the type BRAINSTACKS)
 
 
 @click.command()
