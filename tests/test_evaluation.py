@@ -1,0 +1,174 @@
+"""Losses on validation rows, against one row at a time without padding; who computes which batch."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from wrapped import TINY, freeze, layers_of, llama, tuner_of, wrap
+
+from axolotl_brainstacks import evaluation
+from axolotl_brainstacks.evaluation import (
+    IGNORED,
+    Batch,
+    Row,
+    answer,
+    mean_loss,
+    my_batches,
+    pack_rows,
+    row_losses,
+    unpack_rows,
+)
+
+CPU = torch.device("cpu")
+
+
+def random_row(length: int, answers: float = 0.5) -> Row:
+    """Token ids from 1 up (0 pads), each answer token with probability `answers`, also as islands between other turns."""
+    ids = torch.randint(1, TINY["vocab_size"], (length,)).tolist()
+    return Row(ids, [token if torch.rand(()) < answers else IGNORED for token in ids])
+
+
+def random_rows(count: int) -> list[Row]:
+    return [random_row(int(torch.randint(2, 30, ()))) for _ in range(count)]
+
+
+@torch.no_grad()
+def reference_losses(model: nn.Module, rows: list[Row]) -> list[tuple[float, int]]:
+    """One row at a time, no padding, float64, token by token."""
+    found = []
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
+        total, count = 0.0, 0
+        for position in range(1, len(row.labels)):
+            if row.labels[position] != IGNORED:
+                total -= float(logits[position - 1].log_softmax(0)[row.labels[position]])
+                count += 1
+        found.append((total, count))
+    return found
+
+
+def gpt2() -> PreTrainedModel:
+    config = GPT2Config(vocab_size=TINY["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("make_model", [lambda: llama(initializer_range=0.2), gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_losses_equal_a_loop_over_rows_without_padding(
+    make_model: Callable[[], PreTrainedModel], batch_size: int
+) -> None:
+    model, rows = make_model().eval(), random_rows(11)
+    expected = reference_losses(model, rows)
+    got = row_losses(model, rows, batch_size)
+    assert [count for _, count in got] == [count for _, count in expected]
+    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    total, count = sum(loss for loss, _ in expected), sum(count for _, count in expected)
+    assert mean_loss(model, rows, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_losses_of_a_model_with_stacks_do_not_depend_on_the_batch_either() -> None:
+    model, rows = wrap(llama(initializer_range=0.2)), random_rows(9)
+    freeze(model, ["s001_chat", "s002_chat"])
+    expected = reference_losses(model.eval(), rows)
+    for batch_size in (1, 4, 9):
+        got = row_losses(model, rows, batch_size)
+        assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    tuner_of(model).use_stacks([])
+    assert mean_loss(model, rows, 4) != pytest.approx(
+        sum(x for x, _ in expected) / sum(n for _, n in expected), rel=1e-3
+    )
+
+
+def test_a_model_that_cannot_choose_its_logits() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> object:
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model, rows = Plain().eval(), random_rows(5)
+    expected = reference_losses(model, rows)
+    got = row_losses(model, rows, 2)
+    assert [loss for loss, _ in got] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+
+
+def test_rows_without_an_answer_count_nothing() -> None:
+    model, rows = llama().eval(), random_rows(3)
+    silent = Row([5, 6, 7], [IGNORED] * 3)
+    assert row_losses(model, [silent], 1) == [(0.0, 0)]
+    assert mean_loss(model, [silent], 1) == 0.0
+    first_only = Row([5, 6, 7], [5, IGNORED, IGNORED])  # nothing predicts the first token
+    assert row_losses(model, [first_only], 1) == [(0.0, 0)]
+    assert mean_loss(model, [silent, *rows, first_only], 2) == pytest.approx(mean_loss(model, rows, 3), rel=1e-5)
+
+
+def test_measuring_has_dropout_and_noise_off_and_restores_training() -> None:
+    model, rows = wrap(noisy_gate=True, lora_dropout=0.5), random_rows(4)
+    freeze(model, ["s001_chat"])
+    for training in (True, False):
+        model.train(training)
+        assert row_losses(model, rows, 2) == row_losses(model, rows, 2)
+        assert model.training is training and all(layer.training is training for layer in layers_of(model))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_packed_rows_come_back() -> None:
+    rows = [*random_rows(6), Row([9], [IGNORED]), Row([1, 2], [1, 2])]
+    assert unpack_rows(pack_rows(rows)) == rows
+    assert unpack_rows(pack_rows([])) == []
+
+
+def test_batches_are_padded_on_the_right() -> None:
+    batch = Batch.of([Row([3, 4, 5], [IGNORED, 4, 5]), Row([6], [6])], CPU)
+    assert batch.input_ids.tolist() == [[3, 4, 5], [6, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.labels.tolist() == [[IGNORED, 4, 5], [6, IGNORED, IGNORED]]
+
+
+def test_the_prompt_ends_where_the_first_answer_begins() -> None:
+    assert Row([1, 2, 3, 4], [IGNORED, IGNORED, 3, IGNORED]).prompt_ids == [1, 2]
+    assert Row([1, 2], [1, 2]).prompt_ids == []
+    assert Row([1, 2], [IGNORED, IGNORED]).prompt_ids == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 4, 7, 8, 13])
+def test_every_row_is_measured_once_whatever_the_number_of_ranks(
+    ranks: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, batch_size = random_rows(count), 2
+    monkeypatch.setattr(evaluation, "world", lambda: (0, 1))
+    alone = {start: batch for start, batch in my_batches(rows, batch_size, CPU) if start is not None}
+    seen: list[int] = []
+    turns = set()
+    for rank in range(ranks):
+        monkeypatch.setattr(evaluation, "world", lambda rank=rank: (rank, ranks))
+        mine = list(my_batches(rows, batch_size, CPU))
+        turns.add(len(mine))
+        for start, batch in mine:
+            if start is None:
+                continue
+            seen.extend(range(start, start + len(batch.input_ids)))
+            assert torch.equal(batch.input_ids, alone[start].input_ids), "a batch depends on the number of ranks"
+    assert sorted(seen) == list(range(count))
+    assert turns == {math.ceil(len(alone) / ranks)}, "ranks that run a different number of forwards hang"
+
+
+def test_answers_are_greedy_continuations_of_each_prompt_alone() -> None:
+    model = llama(initializer_range=0.5).eval()
+    model.generation_config.eos_token_id = None
+    rows = [Row(row.input_ids, [IGNORED] * n + row.input_ids[n:]) for n in (3, 7, 5) for row in [random_row(10)]]
+    expected = []
+    for row in rows:
+        ids = row.prompt_ids
+        for _ in range(6):
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+        expected.append(ids[len(row.prompt_ids) :])
+    model.train()
+    assert answer(model, rows, pad_token_id=0, max_new_tokens=6) == expected
+    assert model.training
