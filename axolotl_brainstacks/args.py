@@ -200,8 +200,10 @@ def explain(error: ValidationError, root: str, model: type[BaseModel]) -> str:
         value, message = mistake["input"], mistake["msg"].removeprefix("Value error, ")
         shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
         match mistake["type"]:
-            case "value_error":
+            case "value_error" if path == root or message.startswith("brainstacks"):
                 sentences.append(message)
+            case "value_error":
+                sentences.append(f"`{path}` is {shown}: {message}")
             case "missing":
                 sentences.append(f"`{path}` is missing")
             case "extra_forbidden":

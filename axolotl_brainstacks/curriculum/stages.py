@@ -65,7 +65,11 @@ def _load(name: str, cfg: DictDefault, block: BrainstacksBlock) -> DomainStage:
     try:
         meta = load(cfg=cfg, cli_args=TrainerCliArgs())
     except Exception as error:
-        raise ValueError(f"The datasets of domain `{name}` cannot be loaded: {error}") from error
+        paths = ", ".join(dataset.path for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])])
+        raise ValueError(
+            f"The datasets of domain `{name}` ({paths}) cannot be loaded: {error!r}; check that each is there and has rows "
+            "of its `type:`"
+        ) from error
     if not meta.train_dataset or not len(meta.train_dataset):
         raise ValueError(f"The datasets of domain `{name}` have no usable row; check `datasets:` and `sequence_len`")
     if not meta.eval_dataset or not len(meta.eval_dataset):

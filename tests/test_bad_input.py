@@ -1,0 +1,284 @@
+"""Mistakes of users: each ends in one clear error that names the key or file and the mend, and the library stays as it was.
+
+Most go through Axolotl's config loading in this process, as in `axolotl train`; a few through the real command.
+"""
+
+import copy
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.tee import close_debug_log
+from models import base_config, chat_dataset, run_axolotl, tiny_llama, write_rows
+from processes import train
+
+from axolotl_brainstacks.library import Library
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The config of a run that trained the domain `chat`; its library is never changed afterwards."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = base_config(
+        tiny_llama_dir, folder / "out", adapter="brainstacks", max_steps=2, val_set_size=4, learning_rate=0.01,
+        dataset_num_proc=0, brainstacks={
+            "library": str(folder / "library"), "boosting": {"max_rounds": 1}, "null_space": {"directions": 4, "samples": 4},
+            "samples": {"prompts": 0}, "eval_rows": 4, "domains": [domain("chat", folder)],
+        },
+    )  # fmt: skip
+    train(config, folder)
+    assert [stack.name for stack in Library.open(folder / "library").manifest.stacks] == ["s001_chat"]
+    return config
+
+
+def domain(name: str, folder: Path) -> dict[str, Any]:
+    return {"name": name, "datasets": [chat_dataset(write_rows(folder / f"{name}.jsonl", 12, Random()))]}
+
+
+@pytest.fixture
+def config(trained: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A correct config that adds the domains `code` and `math` to a copy of the trained library."""
+    fresh = copy.deepcopy(trained)
+    library = shutil.copytree(trained["brainstacks"]["library"], tmp_path / "library")
+    fresh |= {"output_dir": str(tmp_path / "out"), "dataset_prepared_path": str(tmp_path / "prepared")}
+    fresh["brainstacks"] |= {"library": str(library)}
+    fresh["brainstacks"]["domains"] += [domain("code", tmp_path), domain("math", tmp_path)]
+    return fresh
+
+
+def contents(config: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of every file of the library; the lock's own files are not part of it."""
+    folder = Path(config["brainstacks"]["library"])
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def start(config: dict[str, Any], **cli: Any) -> None:
+    """What `axolotl train` does until the model is loaded."""
+    try:
+        cfg = load_cfg(DictDefault(config), **cli)
+        PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+    finally:
+        close_debug_log()
+
+
+def assert_refused(config: dict[str, Any], message: str, **cli: Any) -> None:
+    before = contents(config)
+    with pytest.raises(ValueError, match=message) as caught:
+        start(config, **cli)
+    assert len(str(caught.value)) < 500 and "input_value" not in str(caught.value)
+    assert contents(config) == before
+
+
+def block(**keys: Any) -> Change:
+    return lambda config: config["brainstacks"].update(keys)
+
+
+def top(**keys: Any) -> Change:
+    return lambda config: config.update(keys)
+
+
+def second_domain(**keys: Any) -> Change:
+    return lambda config: config["brainstacks"]["domains"][1].update(keys)
+
+
+def one_domain(name: str) -> Change:
+    def change(config: dict[str, Any]) -> None:
+        config["datasets"] = config["brainstacks"].pop("domains")[1]["datasets"]
+        config["brainstacks"]["domain"] = name
+
+    return change
+
+
+def without_data(config: dict[str, Any]) -> None:
+    del config["brainstacks"]["domains"][2]["datasets"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (block(top_kk=2), r"^`brainstacks\.top_kk` is not a key; did you mean `top_k`\?$"),
+        (block(null_space={"direction": 2}), r"^`brainstacks\.null_space\.direction` is not a key; did you mean `directi"),
+        (block(num_experts="many"), r"^`brainstacks\.num_experts` is 'many': Input should be a valid integer"),
+        (block(boosting=[1]), r"^`brainstacks\.boosting` is a list: Input should be "),
+        (block(top_k=5, num_experts=4), r"brainstacks\.top_k is 5 but brainstacks\.num_experts is 4"),
+        (second_domain(name="chat"), r"brainstacks\.domains: `chat` is there twice; give each domain a name of its own"),
+        *(
+            (second_domain(name=name), rf"brainstacks\.domains: `{name}` cannot be a domain's name; use lower-case")
+            for name in ("Chat", "1st", "my domain", "caf\u00e9", "chat\n", "", "a" * 33, "../up")
+        ),
+        (second_domain(name=None), r"^`brainstacks\.domains\.1\.name` is None: Input should be a valid string"),
+        (one_domain("no-id"), r"brainstacks\.domain: `no-id` cannot be a domain's name"),
+        (block(domain="legal"), r"brainstacks: give either `domains:` .* or `domain:` .*, not both"),
+        (block(domains=[]), r"brainstacks: give either `domains:` .* or `domain:`"),
+        (without_data, r"`datasets:` is missing in domain `math` of brainstacks\.domains"),
+        (top(lora_r=0), r"`lora_r` is 0; a stack needs a rank of at least 1"),
+        (top(lora_r="16x"), r"`lora_r` is 16x; a stack needs a rank of at least 1"),
+        (top(rl="dpo"), r"`rl` cannot be used .* put `rl:` into the entry of the domain"),
+        (top(adapter="lora"), r"`brainstacks:` is set but `adapter:` is lora; write `adapter: brainstacks`"),
+        (top(brainstacks=None), r"`adapter: brainstacks` needs a `brainstacks:` block"),
+        (second_domain(learing_rate=0.1), r"`learing_rate` of domain `code` is not an Axolotl key; did you mean `learni"),
+        (second_domain(load_in_4bit=True), r"`load_in_4bit` of domain `code` has to be the same .* to the top level"),
+        (second_domain(learning_rate="fast"), r"domain `code` is not valid: `learning_rate` is 'fast': could not convert"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_config(config: dict[str, Any], change: Change, message: str) -> None:
+    complete = copy.deepcopy(config)
+    change(config)
+    before = contents(complete)
+    with pytest.raises(ValueError, match=message) as caught:
+        start(config)
+    assert len(str(caught.value)) < 300 and "input_value" not in str(caught.value)
+    assert contents(complete) == before
+
+
+def test_the_unchanged_config_is_accepted(config: dict[str, Any]) -> None:
+    """Otherwise every other test here could pass for a wrong reason."""
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    start(config)
+
+
+def test_merging_is_refused(config: dict[str, Any]) -> None:
+    assert_refused(
+        config, r"`merge_lora` cannot be used .* load the library with PeftModel\.from_pretrained", merge_lora=True
+    )
+
+
+def test_a_domain_without_rows(config: dict[str, Any]) -> None:
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    path = Path(config["brainstacks"]["domains"][1]["datasets"][0]["path"])
+    message = rf"datasets of domain `code` \({re.escape(str(path))}\) cannot be loaded: .*; check that each is there and has rows"
+    for text in ("", "\n", '{"messages": ['):
+        path.write_text(text)
+        assert_refused(config, message)
+    path.unlink()
+    assert_refused(config, message)
+
+
+def test_a_damaged_stack(config: dict[str, Any]) -> None:
+    path = Path(config["brainstacks"]["library"]) / "stacks/s001_chat/adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert_refused(config, rf"{re.escape(str(path))} is truncated .*restore the file from a copy, or remove its domain")
+    at = Random().randrange(len(whole))
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert_refused(config, rf"{re.escape(str(path))} is altered")
+    path.unlink()
+    assert_refused(config, rf"{re.escape(str(path))} is missing")
+
+
+def test_a_domain_that_is_there_already(config: dict[str, Any]) -> None:
+    one_domain("chat")(config)
+    assert_refused(config, r"brainstacks\.domain: `chat` is already in the library .*choose another name, or remove it")
+
+
+def test_a_library_that_another_process_writes(config: dict[str, Any]) -> None:
+    path = config["brainstacks"]["library"]
+    hold = (
+        "import sys; from axolotl_brainstacks.library import Library\n"
+        "with Library.open(sys.argv[1]).writing(): print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold, path], **pipes, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert_refused(config, rf"{re.escape(path)} is being written by another process \(pid {holder.pid} on .*wait")
+        holder.stdin.close()
+    start(config | {"brainstacks": config["brainstacks"] | {"domains": config["brainstacks"]["domains"][:2]}})
+
+
+# Through the command
+
+
+def assert_failed(log: str, message: str) -> None:
+    """The error is the last line that is not of a launcher's traceback."""
+    tail = "\n".join(log.splitlines()[-40:])
+    assert re.search(rf"^ValueError: .*{message}", tail, re.MULTILINE), tail
+
+
+def test_commands_fail_with_the_error_at_their_end(config: dict[str, Any], tmp_path: Path) -> None:
+    """Three real commands, side by side: the start of each takes most of its time."""
+    unknown, truncated, merged = (copy.deepcopy(config) for _ in range(3))
+    unknown["brainstacks"]["num_expert"] = 4
+    truncated["brainstacks"]["library"] = str(shutil.copytree(config["brainstacks"]["library"], tmp_path / "truncated"))
+    stack = tmp_path / "truncated/stacks/s001_chat/adapter_model.safetensors"
+    stack.write_bytes(stack.read_bytes()[:-1])
+    one_domain("chat")(merged)  # which the library has, as after training
+    cases = [
+        ("train", unknown, r"`brainstacks\.num_expert` is not a key; did you mean `num_experts`\?"),
+        ("train", truncated, rf"{re.escape(str(stack))} is truncated"),
+        ("merge-lora", merged, "`merge_lora` cannot be used with `adapter: brainstacks`"),
+    ]
+    before = [contents(case) for _, case, _ in cases]
+
+    def run(number: int) -> str:
+        command, case, _ = cases[number]
+        path = tmp_path / f"{number}.yml"
+        path.write_text(yaml.safe_dump(case | {"output_dir": str(tmp_path / f"out{number}")}))
+        return run_axolotl([command, path], tmp_path, expect=None)
+
+    with ThreadPoolExecutor() as pool:
+        logs = list(pool.map(run, range(len(cases))))
+    for log, (_, _, message) in zip(logs, cases, strict=True):
+        assert_failed(log, message)
+    assert [contents(case) for _, case, _ in cases] == before
+
+
+def test_a_library_of_another_model(config: dict[str, Any], tmp_path: Path) -> None:
+    base = Path(config["base_model"])
+    before = contents(config)
+    for number, (change, message) in enumerate(
+        [({"hidden": 128}, "another architecture"), ({"seed": 1}, "other weights")]
+    ):
+        other = tiny_llama(tmp_path / f"other{number}", **change)
+        config |= {"base_model": str(other)}
+        config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+        log = train(config, tmp_path / f"run{number}", expect=1)
+        assert_failed(log, rf"was trained on {re.escape(str(base))}, but {re.escape(str(other))} has .*{message}")
+        assert f"set base_model to {base}" in log
+    assert contents(config) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_fills_up_while_saving(config: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    library = shutil.copytree(config["brainstacks"]["library"], small_disk / "library")
+    config["brainstacks"]["library"] = str(library)
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    before = contents(config)
+    stack = (library / "stacks/s001_chat/adapter_model.safetensors").stat().st_size
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - stack))
+    log = train(config, tmp_path / "run", expect=1)
+    assert re.search(
+        rf"OSError: .*disk full, \d+ bytes are needed: free some space.*{re.escape(str(library))}", log[-3000:]
+    )
+    opened = Library.open(library)
+    assert opened.verify() == [] and [s.name for s in opened.manifest.stacks] == ["s001_chat"]
+    assert {
+        file: digest for file, digest in contents(config).items() if file in before and file != "manifest.json"
+    } == {file: digest for file, digest in before.items() if file != "manifest.json"}
+    ballast.unlink()
+    train(config, tmp_path / "run")
+    assert [s.name for s in Library.open(library).manifest.stacks] == ["s001_chat", "s002_code"]
