@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from axolotl_brainstacks.calibration import merge_columns
-from axolotl_brainstacks.evaluation import mean_loss, unpack_rows
-from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.nullspace import leakage
 from models import base_config, chat_dataset
 from peft import PeftModel
 from processes import train
 from transformers import AutoModelForCausalLM
 
+from axolotl_brainstacks.calibration import merge_columns
+from axolotl_brainstacks.evaluation import mean_loss, unpack_rows
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.nullspace import leakage
 
 ALPHABETS = {"chat": "abcd", "code": "WXYZ", "math": "0123", "legal": "%&#+"}
 

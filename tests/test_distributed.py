@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from axolotl_brainstacks.library import Library
 from models import cli_environment
 from processes import train
 from test_curriculum import curriculum_config
+
+from axolotl_brainstacks.library import Library
 
 ENGINES = ["ddp", "zero2", "zero3"]
 

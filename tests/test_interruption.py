@@ -11,9 +11,10 @@ from random import Random
 from typing import Any
 
 import pytest
-from axolotl_brainstacks.library import Library
 from processes import start_train, train
 from test_curriculum import curriculum_config
+
+from axolotl_brainstacks.library import Library
 
 KILLS = int(os.environ.get("BRAINSTACKS_KILLS", "5"))
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl_brainstacks.evaluation import mean_loss, unpack_rows
-from axolotl_brainstacks.library import Library
 from models import base_config
 from peft import PeftModel
 from processes import train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from axolotl_brainstacks.evaluation import mean_loss, unpack_rows
+from axolotl_brainstacks.library import Library
 
 
 def real_config(model: Path, data: Path, output: Path, domains: list[str], **overrides: Any) -> dict[str, Any]:

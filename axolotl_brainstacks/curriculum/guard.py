@@ -38,9 +38,7 @@ class Guard(TrainerCallback):
         self.evaluated_step = -1
         self.stop_reason = "finished"
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = kwargs["metrics"].get("eval_loss", math.nan)
         self.evaluated_step = state.global_step
         if loss < self.best_loss:

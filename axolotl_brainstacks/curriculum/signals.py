@@ -39,9 +39,7 @@ class Interruption(TrainerCallback):
         self.received = number
         signal.signal(number, signal.SIG_DFL)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if world()[1] > 1:
             # A launcher signals its processes one after another; they have to stop at the same step.
             votes = torch.tensor([self.received], device=args.device)
