@@ -109,7 +109,7 @@ class BrainstacksModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, BrainstacksConfig)
         if config.library is not None and config.library != self._library:
-            self._attach_library(config.library, self.peft_config[adapter_name].base_model_name_or_path or "this model")
+            self._attach_library(config.library, getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     def _attach_library(self, path: str, model_name: str) -> None:
         if not Path(path).is_absolute():
