@@ -16,7 +16,7 @@ from test_curriculum import curriculum_config
 
 from axolotl_brainstacks.library import Library
 
-KILLS = int(os.environ.get("BRAINSTACKS_KILLS", "5"))
+KILLS = int(os.environ.get("BRAINSTACKS_KILLS", "3"))
 
 
 def contents(library: Path) -> dict[str, Any]:
