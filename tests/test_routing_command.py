@@ -1,11 +1,15 @@
 import json
+import multiprocessing
 import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from click.testing import CliRunner
@@ -19,9 +23,9 @@ from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED
 from axolotl_brainstacks.library import DomainEntry, Library
 from axolotl_brainstacks.routing import report
-from axolotl_brainstacks.routing.command import make_router
 from axolotl_brainstacks.routing.data import Sample, split
 from axolotl_brainstacks.routing.evaluate import CHOICES
+from axolotl_brainstacks.routing.make import make_router
 from axolotl_brainstacks.routing.measure import Meter
 from axolotl_brainstacks.routing.router import Router
 
@@ -115,6 +119,34 @@ def test_a_second_run_reads_what_the_first_one_measured(base: PreTrainedModel, t
     features, routes = -(-30 // 8), -(-9 // 8)
     assert first["forwards"] > second["forwards"] == features + routes
     assert first["losses"] == second["losses"]
+
+
+def as_rank(rank: int, ranks: int, folder: Path, model: Path, samples: list[Sample]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}.meeting", rank=rank, world_size=ranks)
+    torch.set_num_threads(1)
+    library, base = Library.open(folder), AutoModelForCausalLM.from_pretrained(model)
+    with library.writing() if rank == 0 else nullcontext():
+        make_router(library, meter_of(library, base, batch_size=4), samples, RouterArgs(**SETTINGS))
+    dist.destroy_process_group()
+
+
+def test_two_processes_make_the_router_that_one_makes(base: PreTrainedModel, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["axolotl_brainstacks.routing.make", "peft", "transformers.models.llama"])
+    torch.set_num_threads(1)
+    samples = some_samples(7)
+    library = new_library(tmp_path / "library", base, DOMAINS)
+    folder = shutil.copytree(library.path, tmp_path / "of two")
+    base.save_pretrained(tmp_path / "model")
+    processes = [context.Process(target=as_rank, args=(r, 2, folder, tmp_path / "model", samples)) for r in range(2)]
+    for process in processes:
+        process.start()
+    make(library, meter_of(library, base, batch_size=4), samples)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = ({path.name: data for path, data in contents(of / "router").items()} for of in (library.path, folder))
+    assert len(one) == 11 and one == two
 
 
 # The command itself

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from routed import add_domain, meter_of, new_library, random_rows, tiny_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -217,29 +215,3 @@ def test_a_killed_run_resumes_to_the_same_records(base: LlamaForCausalLM, tmp_pa
     run(killed, resumed, rows)
     assert records(killed) == records(whole)
     assert 0 < resumed.forwards < meter.forwards
-
-
-def as_rank(rank: int, ranks: int, folder: Path, meter: Meter, rows: list[Row]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}.meeting", rank=rank, world_size=ranks)
-    library = Library.open(folder)
-    with library.writing() if rank == 0 else nullcontext():
-        discover(library, meter, {"chat": rows}, RouterArgs())
-
-
-def test_two_processes_share_the_rows_and_find_the_same(base: LlamaForCausalLM, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    seed, rows, texts = Random().randrange(10**6), random_rows(21, Random()), []
-    for ranks in (1, 2):
-        torch.manual_seed(seed)
-        library = new_library(tmp_path / str(ranks), base, FIVE[:3])
-        meter = meter_of(library, base, batch_size=4)
-        context = multiprocessing.get_context("fork")
-        folder = library.path.rename(tmp_path / f"of {ranks}")  # its lock must be new to the forked processes
-        processes = [context.Process(target=as_rank, args=(r, ranks, folder, meter, rows)) for r in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0] * ranks
-        texts.append(records(Library.open(folder)))
-    assert texts[0] == texts[1]
