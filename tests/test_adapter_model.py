@@ -1,0 +1,563 @@
+"""Stacks as PEFT sees them: saving, loading, switching, copying, and the library as a PEFT folder."""
+
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+from wrapped import TINY, assert_near, freeze, layers_of, llama, revive, tuner_of, wrap
+
+from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksModel
+from axolotl_brainstacks.adapter.model import library_config
+from axolotl_brainstacks.adapter.registration import register_peft_type
+from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
+
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    return folder
+
+
+def load_base(folder: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def tokens(rows: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(1, TINY["vocab_size"], (rows, length))
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    return model.eval()(input_ids=ids).logits
+
+
+# Saving and loading a stack
+
+
+@pytest.mark.parametrize("settings", [{}, {"target_modules": "all-linear"}, {"target_modules": r".*\.(q|down)_proj"}])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_saved_stack_comes_back_to_the_last_bit(
+    base_dir: Path, tmp_path: Path, settings: dict[str, Any], low_cpu_mem_usage: bool
+) -> None:
+    model, ids = wrap(load_base(base_dir), **settings), tokens()
+    revive(model)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load_base(base_dir), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(again, ids), expected)
+    assert not torch.equal(logits(load_base(base_dir), ids), expected)
+
+
+def test_a_checkpoint_holds_the_stack_in_training_and_nothing_frozen(tmp_path: Path) -> None:
+    model = wrap(target_modules=["q_proj", "up_proj"])
+    freeze(model, ["s001_chat", "s002_chat"])
+    names = {f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")}
+    expected = {f"{PREFIX}{name}.brainstacks_{side}" for name in names for side in "AB"}
+    in_memory = {key for key in model.state_dict() if "brainstacks" in key or "bank" in key}
+    assert in_memory == {f"{key}.default.weight" for key in expected}
+    assert set(get_peft_model_state_dict(model)) == {f"{key}.weight" for key in expected}
+    model.save_pretrained(tmp_path)
+    on_disk = load_file(tmp_path / "adapter_model.safetensors")
+    exported = tuner_of(model).export_stack("default")
+    assert set(on_disk) == set(exported) == {f"{key}.weight" for key in expected}
+    assert all(torch.equal(on_disk[key], tensor) for key, tensor in exported.items())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "BRAINSTACKS" and config["target_modules"] == ["q_proj", "up_proj"]
+
+
+def test_only_the_stack_in_training_is_trainable() -> None:
+    model = wrap()
+    freeze(model, ["s001_chat"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if ".brainstacks_" in name}
+    frozen = {key: tensor.clone() for key, tensor in exported_frozen(model).items()}
+    model.train()
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    optimizer.step()
+    assert all(torch.equal(tensor, frozen[key]) for key, tensor in exported_frozen(model).items())
+
+
+def exported_frozen(model: PeftModel) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in model.named_buffers() if ".bank." in name}
+
+
+def test_a_stack_is_loaded_beside_another_to_train_on(tmp_path: Path) -> None:
+    base, ids = llama(), tokens()
+    model = wrap(copy.deepcopy(base))
+    revive(model)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    other = wrap(copy.deepcopy(base))
+    other.load_adapter(str(tmp_path), "second", is_trainable=True)
+    assert torch.equal(logits(other, ids), logits(base, ids))
+    other.set_adapter("second")
+    assert torch.equal(logits(other, ids), expected)
+    other.train()(input_ids=ids, labels=ids).loss.backward()
+    assert {name.split(".")[-2] for name, p in other.named_parameters() if p.grad is not None} == {"second"}
+    other.delete_adapter("second")
+    assert torch.equal(logits(other, ids), logits(base, ids))
+
+
+def test_a_bf16_base_trains_its_stack_in_fp32_and_holds_frozen_ones_in_bf16() -> None:
+    model = wrap(llama(dtype=torch.bfloat16).to(torch.bfloat16))
+    freeze(model, ["s001_chat"])
+    assert {p.dtype for name, p in model.named_parameters() if "brainstacks" in name} == {torch.float32}
+    assert {buffer.dtype for buffer in exported_frozen(model).values()} == {torch.bfloat16}
+    ids = tokens()
+    model.train()
+    out = model(input_ids=ids, labels=ids)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+
+
+# Switching
+
+
+def test_disabling_adapters_leaves_frozen_stacks_on() -> None:
+    base, ids = llama(), tokens()
+    model = wrap(copy.deepcopy(base))
+    before_this_stack = wrap(copy.deepcopy(base))
+    tensors = freeze(model, ["s001_chat", "s002_chat"])
+    for name, stack in tensors.items():
+        tuner_of(before_this_stack).attach_stack(name, "chat", model.peft_config["default"], stack)
+    expected = logits(before_this_stack, ids)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), expected)
+    assert not torch.equal(logits(model, ids), expected)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "brainstacks" in name)
+    with tuner_of(model).disable_adapter():
+        assert torch.equal(logits(model, ids), expected)
+    with tuner_of(model).using_stacks([]), model.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(base, ids))
+
+
+def test_the_reference_copy_that_dpo_makes() -> None:
+    """TRL: add `ref` with the config of `default`, copy the weights, set_adapter("ref") under no_grad, and back."""
+    model, ids = wrap(target_modules="all-linear"), tokens()
+    freeze(model, ["s001_chat"])
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    reference = logits(model, ids)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, ids), reference)
+    with torch.no_grad():
+        model.train()(input_ids=ids)
+    assert all(layer.statistics is None for layer in layers_of(model)), "the reference's passes are counted"
+    model.set_adapter("default")
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None} == {"default"}
+    revive(model)
+    assert not torch.equal(logits(model, ids), reference)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, ids), reference)
+    assert {key.split(".")[-1] for key in get_peft_model_state_dict(model, adapter_name="ref")} == {"weight"}
+
+
+def test_the_selection_of_stacks() -> None:
+    model, ids = wrap(), tokens(3)
+    freeze(model, ["s001_chat", "s002_chat", "s003_code"])
+    tuner = tuner_of(model)
+    assert [stack.name for stack in tuner.stacks] == ["s001_chat", "s002_chat", "s003_code"]
+    everything = logits(model, ids)
+    tuner.use_stacks(["s001_chat", "s003_code"])
+    two = logits(model, ids)
+    assert not torch.equal(two, everything)
+    weights = torch.tensor([[1.0, 0.0, 1.0]] * 3)
+    tuner.use_stacks(["s001_chat", "s002_chat", "s003_code"], weights)
+    assert torch.equal(logits(model, ids), two), "a stack of weight 0 in every row must be as if absent"
+    weights = torch.rand(3, 2)
+    tuner.use_stacks(["s001_chat", "s003_code"], weights)
+    weighted = logits(model, ids)
+    with tuner.using_stacks(["s002_chat"]):
+        with tuner.using_stacks([]):
+            assert not any(layer.bank.active for layer in layers_of(model))
+        assert not torch.equal(logits(model, ids), weighted)
+    assert torch.equal(logits(model, ids), weighted), "the weights from before are lost"
+    for row in range(3):
+        tuner.use_stacks(["s001_chat", "s003_code"], weights[row : row + 1])
+        assert_near(logits(model, ids[row : row + 1]), weighted[row : row + 1], 1e-4)
+    tuner.use_stacks(None)
+    assert torch.equal(logits(model, ids), everything)
+    tuner.detach_stack("s002_chat")
+    assert torch.equal(logits(model, ids), two)
+
+
+@pytest.mark.parametrize(
+    "names,weights,message",
+    [
+        (["s001_chat", "s009_law"], None, r"s009_law.*attached are s001_chat"),
+        (["s001_chat"], torch.ones(2, 3), r"weights.*\(2, 3\)"),
+        (["s001_chat"], torch.ones(1), r"weights.*\(1,\)"),
+    ],
+)
+def test_a_wrong_selection_is_refused(names: list[str], weights: Tensor | None, message: str) -> None:
+    model = wrap()
+    freeze(model, ["s001_chat"])
+    with pytest.raises(ValueError, match=message):
+        tuner_of(model).use_stacks(names, weights)
+
+
+def test_peft_cannot_mix_adapters_by_name() -> None:
+    model = wrap()
+    for call in (model.forward, model.generate):
+        with pytest.raises(ValueError, match="adapter_names"):
+            call(input_ids=tokens(), adapter_names=["default", "default"])
+
+
+def test_stacks_cannot_be_merged_but_can_be_taken_off() -> None:
+    base, ids = llama(), tokens()
+    model = wrap(copy.deepcopy(base))
+    freeze(model, ["s001_chat"])
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge()
+    assert torch.equal(logits(model.unload(), ids), logits(base, ids))
+
+
+def test_a_deep_copy_is_a_model_of_its_own() -> None:
+    model, ids = wrap(), tokens()
+    freeze(model, ["s001_chat", "s002_chat"])
+    expected = logits(model, ids)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, ids), expected)
+    tuner_of(model).detach_stack("s001_chat")
+    assert torch.equal(logits(twin, ids), expected)
+
+
+# What is wrapped
+
+
+def gemma3() -> PreTrainedModel:
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=dict(TINY), vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+        )
+    )
+
+
+def llava() -> PreTrainedModel:
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    return LlavaForConditionalGeneration(LlavaConfig(text_config={"model_type": "llama"} | TINY, vision_config=vision))
+
+
+@pytest.mark.parametrize("make_base", [gemma3, llava])
+@pytest.mark.parametrize("targets", [None, "all-linear", r".*\.(q_proj|v_proj|o_proj|fc1|linear_1)"], ids=str)
+def test_only_the_language_model_of_a_multimodal_model_is_wrapped(make_base: Any, targets: str | None) -> None:
+    base = make_base()
+    tower = [name for name, _ in base.named_modules() if "vision" in name and name.endswith(("q_proj", "fc1"))]
+    assert tower, "the test needs a vision tower with names that match"
+    model = wrap(base, target_modules=targets)
+    names = [layer.module_name for layer in layers_of(model)]
+    assert len(names) == 2 * (3 if targets and "q_proj" in targets else 7)
+    assert all("language_model.layers." in name for name in names)
+    revive(model)
+    ids = tokens()
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape[:2] == ids.shape
+
+
+def test_all_linear_leaves_the_head_alone() -> None:
+    for tie in (True, False):
+        model = wrap(llama(tie_word_embeddings=tie), target_modules="all-linear")
+        assert len(layers_of(model)) == 14
+        assert type(model.get_base_model().lm_head) is torch.nn.Linear
+
+
+def test_layers_and_exclusions_are_pefts() -> None:
+    model = wrap(layers_to_transform=[1], exclude_modules=["v_proj"])
+    assert len(layers_of(model)) == 6
+    assert all(".layers.1." in layer.module_name and "v_proj" not in layer.module_name for layer in layers_of(model))
+
+
+def test_a_frozen_stack_may_cover_projections_that_the_new_one_does_not() -> None:
+    base, ids = llama(), tokens()
+    wide = wrap(copy.deepcopy(base))
+    tensors = freeze(wide, ["s001_chat"])["s001_chat"]
+    with wide.disable_adapter():
+        expected = logits(wide, ids)
+    model = wrap(copy.deepcopy(base), target_modules=["q_proj"])
+    tuner = tuner_of(model)
+    tuner.attach_stack("s001_chat", "chat", wide.peft_config["default"], tensors)
+    assert len(layers_of(model)) == 14
+    assert torch.equal(logits(model, ids), expected)
+    assert {key.split(".")[-3] for key in tuner.export_stack("default")} == {"q_proj"}
+    assert {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad} == {"q_proj"}
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), expected)
+    model.set_adapter("default")
+    tuner.detach_stack("s001_chat")
+    assert torch.equal(logits(model, ids), logits(base, ids))
+
+
+# A stack that does not fit
+
+
+def broken(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
+    key = list(tensors)[-2]  # an A matrix of the last projection: the others are attached before it
+    other = {name: tensor for name, tensor in tensors.items() if name != key}
+    return {
+        "half": other,
+        "shape": other | {key: tensors[key][:-1]},
+        "key": tensors | {key.replace("brainstacks_A", "lora_A"): tensors[key]},
+        "module": other | {k.replace("layers.1.", "layers.7."): t for k, t in tensors.items() if "down_proj" in k},
+        "no linear": other | {k.replace(".down_proj", ""): t for k, t in tensors.items() if "down_proj" in k},
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["half", "shape", "key", "module", "no linear"])
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_a_stack_that_does_not_fit_is_refused_and_leaves_nothing(how: str) -> None:
+    model, ids = wrap(), tokens()
+    tensors = freeze(model, ["s001_chat"])["s001_chat"]
+    expected = logits(model, ids)
+    tuner = tuner_of(model)
+    with pytest.raises(ValueError, match=r"down_proj|layers|lora_A"):
+        tuner.attach_stack("s002_chat", "chat", model.peft_config["default"], broken(tensors, how))
+    assert [stack.name for stack in tuner.stacks] == ["s001_chat"]
+    assert all(layer.bank.names in ([], ["s001_chat"]) for layer in layers_of(model))
+    assert torch.equal(logits(model, ids), expected)
+    tuner.attach_stack("s002_chat", "chat", model.peft_config["default"], tensors)
+
+
+def test_a_stack_is_attached_once() -> None:
+    model = wrap()
+    tensors = freeze(model, ["s001_chat"])["s001_chat"]
+    with pytest.raises(ValueError, match="s001_chat is attached already"):
+        tuner_of(model).attach_stack("s001_chat", "chat", model.peft_config["default"], tensors)
+
+
+# A library as a PEFT folder
+
+
+def make_library(folder: Path, base_dir: Path, model: PeftModel, domains: list[str]) -> Library:
+    """A library of random stacks, which are attached to `model` too."""
+    library = Library.create(folder, BaseModelInfo.of(tuner_of(model).model, str(base_dir)))
+    with library.writing():
+        for number, domain in enumerate(domains, start=1):
+            tensors = freeze(model, [f"s{number:03d}_{domain}"], domain)[f"s{number:03d}_{domain}"]
+            record = RoundRecord(round=1, kept=True, loss_before=2.0, loss_after=1.0, steps=1, stop_reason="finished")
+            library.add_domain(DomainEntry(name=domain, base_loss=2.0))
+            library.add_stack(domain, 1, model.peft_config["default"].to_dict(), tensors, record)
+            library.update_domain(domain, done=True)
+        library.write_root_config(library_config(str(base_dir), ".").to_dict())
+    return library
+
+
+@pytest.fixture
+def trained(base_dir: Path) -> PeftModel:
+    return wrap(load_base(base_dir))
+
+
+@pytest.fixture
+def library(base_dir: Path, trained: PeftModel, tmp_path: Path) -> Library:
+    return make_library(tmp_path / "library", base_dir, trained, ["chat", "code", "math"])
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_library_is_a_peft_folder_and_equals_the_trainers_model(
+    base_dir: Path, trained: PeftModel, library: Library, tmp_path: Path, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, path = tokens(), library.path
+    with trained.disable_adapter():
+        expected = logits(trained, ids)
+    if moved:
+        path = Path(shutil.move(path, tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
+    for name in (str(path), path.name):
+        model = PeftModel.from_pretrained(load_base(base_dir), name)
+        assert float((logits(model, ids) - expected).abs().max()) == 0.0
+        assert [stack.domain for stack in tuner_of(model).stacks] == ["chat", "code", "math"]
+    automatic = AutoPeftModelForCausalLM.from_pretrained(str(path))
+    assert float((logits(automatic, ids) - expected).abs().max()) == 0.0
+
+
+def test_one_stack_of_a_library_is_a_peft_folder_too(base_dir: Path, trained: PeftModel, library: Library) -> None:
+    ids = tokens()
+    tuner_of(trained).use_stacks(["s002_code"])
+    with trained.disable_adapter():
+        expected = logits(trained, ids)
+    model = PeftModel.from_pretrained(load_base(base_dir), str(library.stack_path("s002_code")))
+    assert_near(logits(model, ids), expected, 1e-5)
+
+
+def test_a_folder_that_points_at_a_library_loads_it(base_dir: Path, trained: PeftModel, library: Library) -> None:
+    output = library.path.parent / "output"
+    config = library_config(str(base_dir), "../library")
+    config.save_pretrained(str(output))
+    save_file({}, output / "adapter_model.safetensors")
+    ids = tokens()
+    with trained.disable_adapter():
+        expected = logits(trained, ids)
+    model = PeftModel.from_pretrained(load_base(base_dir), str(output))
+    assert torch.equal(logits(model, ids), expected)
+    again = BrainstacksConfig.from_pretrained(str(output.parent), subfolder="output")
+    assert again.library == str(library.path.resolve())
+
+
+def test_a_new_stack_on_a_library_trains_and_a_second_library_is_refused(
+    base_dir: Path, trained: PeftModel, library: Library, tmp_path: Path
+) -> None:
+    ids = tokens()
+    model = get_peft_model(
+        load_base(base_dir), BrainstacksConfig(r=2, task_type="CAUSAL_LM", library=str(library.path))
+    )
+    with trained.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(trained, ids))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.add_adapter("ref", model.peft_config["default"])
+    assert len(tuner_of(model).stacks) == 3, "the copy of an adapter attaches its library again"
+    other = make_library(tmp_path / "other", base_dir, wrap(load_base(base_dir)), ["law"])
+    with pytest.raises(ValueError, match="has stacks already"):
+        model.load_adapter(str(other.path), "law")
+
+
+def test_a_library_loaded_after_the_first_adapter_is_attached(
+    base_dir: Path, trained: PeftModel, library: Library
+) -> None:
+    model, ids = wrap(load_base(base_dir)), tokens()
+    model.load_adapter(str(library.path), "library")
+    with trained.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(trained, ids))
+
+
+def test_a_config_that_lost_its_folder_is_refused(base_dir: Path, library: Library) -> None:
+    config = PeftConfig.from_pretrained(str(library.path))
+    with pytest.raises(ValueError, match=r"`library` is '\.'.*adapter_config\.json.*from_pretrained"):
+        PeftModel.from_pretrained(load_base(base_dir), str(library.path), config=config)
+
+
+def test_a_library_of_another_base_model_is_refused(library: Library) -> None:
+    with pytest.raises(ValueError, match="base_model"):
+        PeftModel.from_pretrained(llama(), str(library.path))
+
+
+# The type
+
+
+def test_the_peft_type_is_a_member_like_any_other() -> None:
+    member = PeftType("BRAINSTACKS")
+    assert member is PeftType["BRAINSTACKS"] is PeftType.BRAINSTACKS and member in PeftType
+    assert pickle.loads(pickle.dumps(member)) is member and copy.deepcopy(member) is member
+    assert json.dumps(member) == '"BRAINSTACKS"' and list(PeftType).count(member) == 1
+    before = list(PeftType)
+    register_peft_type()
+    assert list(PeftType) == before
+    config = BrainstacksConfig(r=3, num_experts=2, target_modules=["v_proj", "q_proj"])
+    assert pickle.loads(pickle.dumps(config)) == config == BrainstacksConfig(**config.to_dict())
+
+
+# Each order of imports in a process of its own, forked from one that has loaded what PEFT needs, but not PEFT.
+IMPORTS = """
+import os, sys
+
+def alone(action):
+    if not (child := os.fork()):
+        action()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+def light():
+    import axolotl_brainstacks
+    heavy = {"torch", "peft", "transformers", "axolotl"} & set(sys.modules)
+    assert not heavy, heavy
+
+def order(*steps):
+    for step in steps:
+        if step == "look":
+            from transformers.utils import is_peft_available
+            assert is_peft_available() and "peft" not in sys.modules
+        else:
+            __import__(step)
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+    from axolotl_brainstacks.adapter import BrainstacksConfig
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.BRAINSTACKS] is BrainstacksConfig
+
+alone(light)
+import bitsandbytes, torch._dynamo, transformers.models.auto.auto_factory
+assert "peft" not in sys.modules
+alone(lambda: order("peft", "axolotl_brainstacks"))
+alone(lambda: order("axolotl_brainstacks", "look", "peft"))
+alone(lambda: order("axolotl_brainstacks.adapter.layer"))
+alone(lambda: order("axolotl_brainstacks.calibration"))
+"""
+
+
+def test_importing_the_package_teaches_peft_the_type_in_any_order_and_costs_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# torch.compile
+
+
+def gradients(model: PeftModel) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_makes_one_graph_with_the_same_losses_and_gradients(checkpointing: bool) -> None:
+    model, ids = wrap(llama(num_hidden_layers=1), noisy_gate=False, balance_coef=0.1), tokens(2, 6)
+    freeze(model, ["s001_chat", "s002_chat", "s003_code"])
+    tuner = tuner_of(model)
+    tuner.use_stacks(["s001_chat", "s003_code"], torch.rand(2, 2))
+    tuner.set_null_space(
+        "default",
+        {layer.module_name: torch.linalg.qr(torch.randn(layer.out_features, 3))[0] for layer in layers_of(model)},
+    )
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.get_base_model().disable_input_require_grads()  # a hook of Transformers that breaks every graph
+    model.train()
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    eager = model(**inputs).loss
+    eager.backward()
+    expected = gradients(model)
+
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(**inputs)
+    assert explained.graph_break_count == 0 and explained.graph_count == 1, explained.break_reasons
+    torch._dynamo.reset()
+    model.zero_grad()
+    counts = [float(layer.statistics[-1]) for layer in layers_of(model)]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(**inputs).loss
+    loss.backward()
+    assert_near(loss, eager, 1e-5)
+    for name, gradient in gradients(model).items():
+        assert_near(gradient, expected[name], 1e-3, name)
+    assert all(float(layer.statistics[-1]) > count for layer, count in zip(layers_of(model), counts, strict=True))
+
+
+def test_the_tuner_is_ours() -> None:
+    assert isinstance(wrap().base_model, BrainstacksModel)
