@@ -55,6 +55,8 @@ class CurriculumRunner:
         path = self.plan.library_path
         self.library = Library.open(path) if Library.exists(path) else Library.create(path, base)
         stack.enter_context(self.library.writing())
+        # From the first stack on, so that an interrupted curriculum can be loaded too.
+        self.library.write_root_config(library_config(self.plan.raw["base_model"], ".").to_dict())
 
     # One domain
 
@@ -211,7 +213,6 @@ class CurriculumRunner:
     # The end
 
     def _finish(self) -> None:
-        self.library.write_root_config(library_config(self.plan.raw["base_model"], ".").to_dict())
         shutil.rmtree(self.output_dir / "stages", ignore_errors=True)
 
     def _become_a_reference(self) -> None:
