@@ -222,7 +222,11 @@ def test_one_more_domain_with_sample_packing(tiny_llama_dir: Path, tmp_path: Pat
     assert library.verify() == []
     assert [domain.name for domain in library.manifest.domains] == ["chat", "summaries"]
     assert library.manifest.domains[0] == before.domains[0]
-    assert [stack.name for stack in library.manifest.stacks] == ["s001_chat", "s002_summaries"]
+    # A random model may learn nothing from few rows; then the round is recorded and its stack is not kept.
+    (summaries,) = library.manifest.domains[1:]
+    assert summaries.done and summaries.rounds
+    names = ["s001_chat", *(record.stack for record in summaries.rounds if record.kept)]
+    assert [stack.name for stack in library.manifest.stacks] == names
     assert library.manifest.stacks[0] == before.stacks[0]
 
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
@@ -231,7 +235,7 @@ def test_one_more_domain_with_sample_packing(tiny_llama_dir: Path, tmp_path: Pat
         plain = base(tokens).logits
         loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
         assert not torch.equal(loaded(tokens).logits, plain)
-    assert [stack.name for stack in loaded.base_model.stacks] == ["s001_chat", "s002_summaries"]
+    assert [stack.name for stack in loaded.base_model.stacks] == names
 
 
 def test_multimodal_gemma_in_4bit(tiny_gemma_dir: Path, tmp_path: Path) -> None:
