@@ -513,7 +513,7 @@ alone(lambda: order("axolotl_brainstacks.calibration"))
 
 
 def test_importing_the_package_teaches_peft_the_type_in_any_order_and_costs_nothing() -> None:
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -524,9 +524,8 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_torch_compile_makes_one_graph_with_the_same_losses_and_gradients(checkpointing: bool) -> None:
+def test_torch_compile_makes_one_graph_of_checkpointed_layers_with_the_same_loss_and_gradients() -> None:
     model, ids = wrap(llama(num_hidden_layers=1), noisy_gate=False, balance_coef=0.1), tokens(2, 6)
     freeze(model, ["s001_chat", "s002_chat", "s003_code"])
     tuner = tuner_of(model)
@@ -535,9 +534,8 @@ def test_torch_compile_makes_one_graph_with_the_same_losses_and_gradients(checkp
         "default",
         {layer.module_name: torch.linalg.qr(torch.randn(layer.out_features, 3))[0] for layer in layers_of(model)},
     )
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.get_base_model().disable_input_require_grads()  # a hook of Transformers that breaks every graph
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().disable_input_require_grads()  # a hook of Transformers that breaks every graph
     model.train()
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
     eager = model(**inputs).loss
@@ -545,12 +543,9 @@ def test_torch_compile_makes_one_graph_with_the_same_losses_and_gradients(checkp
     expected = gradients(model)
 
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(model)(**inputs)
-    assert explained.graph_break_count == 0 and explained.graph_count == 1, explained.break_reasons
-    torch._dynamo.reset()
     model.zero_grad()
     counts = [float(layer.statistics[-1]) for layer in layers_of(model)]
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # raises at the first break
     loss = compiled(**inputs).loss
     loss.backward()
     assert_near(loss, eager, 1e-5)
