@@ -3,6 +3,7 @@
 import copy
 import io
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -12,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from models import base_config, chat_dataset
 from peft import PeftModel
 from routed import VOCABULARY, add_domain, new_library, tiny_base, tuner_of
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, TextStreamer
 
+from axolotl_brainstacks.adapter import BrainstacksModel
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.routing.router import Router, RouterConfig
@@ -25,10 +29,12 @@ DOMAINS = ["chat", "code", "math", "medical"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": VOCABULARY, "pad_token_id": 0}
 
 
-def random_router(domains: list[str], weights: str = "soft", floors: dict[str, float] | None = None) -> Router:
+def random_router(
+    domains: list[str], weights: str = "soft", floors: dict[str, float] | None = None, features: int = 32
+) -> Router:
     """A router whose probabilities differ widely from prompt to prompt, so that routes do."""
     config = RouterConfig(
-        domains=domains, features=32, width=16, dropout=0.0,
+        domains=domains, features=features, width=16, dropout=0.0,
         gate=GateArgs(gate_threshold=0.5, weights=weights, floors=floors or {}),
     )  # fmt: skip
     router = Router.fresh(config, seed=Random().randrange(2**30))
@@ -330,6 +336,42 @@ def test_a_copy_of_a_loaded_model_is_whole(model: PeftModel) -> None:
     other = copy.deepcopy(model)
     assert torch.equal(other(ids).logits, model(ids).logits)
     assert torch.equal(other.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_axolotl_inference_answers_routed_and_shows_the_route(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from axolotl.cli.inference import do_cli
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    library = new_library(tmp_path / "library", base, ["chat", "code"])
+    random_router(["chat", "code"], floors={"chat": 0.125}, features=64).save(library)
+    block = {
+        "library": str(library.path), "max_resident_bytes": 10**6,
+        "domains": [{"name": "chat", "datasets": [chat_dataset(tmp_path / "chat.jsonl")]}],
+    }  # fmt: skip
+    config = base_config(tiny_llama_dir, tmp_path / "out", adapter="brainstacks", brainstacks=block)
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    answered: list[BrainstacksModel] = []
+    generate = BrainstacksModel.generate
+
+    def seen(tuner: BrainstacksModel, *args: Any, **kwargs: Any) -> Any:
+        answered.append(tuner)
+        return generate(tuner, *args, **kwargs)
+
+    monkeypatch.setattr(BrainstacksModel, "generate", seen)
+    monkeypatch.setattr(sys, "argv", ["axolotl"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Reverse abc\n"))
+    do_cli(str(tmp_path / "config.yml"))
+    (tuner,) = answered
+    turn = [{"role": "user", "content": "Reverse abc"}]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    batch = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    (route,) = tuner.route(batch["input_ids"])
+    printed = capsys.readouterr().out
+    assert f"[{route}]" in printed and "Reverse abc" in printed.split(f"[{route}]")[1]
+    assert tuner.resident is not None and tuner.resident.max_bytes == 10**6
+    assert {stack.domain for stack in tuner.stacks if stack.name in tuner.resident.names} == set(route.weights)
 
 
 # What is in memory
