@@ -406,7 +406,7 @@ def test_one_stack_of_a_library_is_a_peft_folder_too(base_dir: Path, trained: Pe
     with trained.disable_adapter():
         expected = logits(trained, ids)
     model = PeftModel.from_pretrained(load_base(base_dir), str(library.stack_path("s002_code")))
-    assert_near(logits(model, ids), expected, 1e-5)
+    assert_near(logits(model, ids), expected, 1e-4)
 
 
 def test_a_folder_that_points_at_a_library_loads_it(base_dir: Path, trained: PeftModel, library: Library) -> None:
