@@ -102,18 +102,20 @@ class Round(TrainerCallback):
     def _set_null_space(self, args: TrainingArguments) -> None:
         """Fit the domain's share of the null space before its first round; later rounds, and resumed ones, read it."""
         rules, library = self.runner.plan.block.null_space, getattr(self.runner, "library", None)
-        earlier = self.runner.earlier_domains(self.stage.name)
-        if not rules.directions or not earlier or not self.runner.stack_names():
+        isolated = self.runner.plan.block.context == "isolated"
+        others = [stack.name for stack in self.tuner.stacks if stack.domain != self.stage.name]
+        earlier = [
+            Calibration(domain.rows, domain.context if isolated else others)
+            for domain in self.runner.earlier_domains(self.stage.name)
+        ]
+        earlier = [calibration for calibration in earlier if calibration.stacks]
+        if not rules.directions or not earlier:
             self.tuner.set_null_space(TRAINED, {})
             return
         columns = self.runner.null_space_columns()
         if on_main(lambda: library is not None and library.manifest.domain(self.stage.name).nullspace is None):
             share = -(-rules.samples // len(earlier))
-            isolated = self.runner.plan.block.context == "isolated"
-            every = self.runner.stack_names()
-            calibrations = [
-                Calibration(domain.rows[:share], domain.context if isolated else every) for domain in earlier
-            ]
+            calibrations = [Calibration(calibration.rows[:share], calibration.stacks) for calibration in earlier]
             fit = fit_null_space(
                 self.model, self.tuner, calibrations, columns, rules.directions, args.per_device_eval_batch_size
             )
