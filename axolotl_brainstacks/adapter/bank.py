@@ -76,20 +76,19 @@ class BankSegment(nn.Module):
 
     def change(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
         """Take stacks out and in; nothing is on then. New tensors are copied once, straight from where they are."""
-        kept = [i for i, name in enumerate(self.names) if name not in gone]
-        inputs = self.inputs.new_empty(len(kept) + len(new), *self.inputs.shape[1:])
-        outputs = self.outputs.new_empty(len(kept) + len(new), *self.outputs.shape[1:])
-        for slot, i in enumerate(kept):
-            inputs[slot].copy_(self.inputs[i])
-            outputs[slot].copy_(self.outputs[i])
+        free = [i for i, name in enumerate(self.names) if name in gone]
+        if len(free) != len(new):
+            kept = [i for i in range(len(self.names)) if i not in free]
+            free = list(range(len(kept), len(kept) + len(new)))
+            self.inputs, self.outputs = (_resized(held, kept, len(new)) for held in (self.inputs, self.outputs))
+            self.names = [self.names[i] for i in kept] + [""] * len(new)
+            self.places = [self.places[i] for i in kept] + [0] * len(new)
         n = self.shape.num_experts
-        for slot, stack in enumerate(new, len(kept)):
-            inputs[slot, :n].copy_(stack.a[:n])
-            inputs[slot, n:].copy_(stack.a[2 * n :])
-            outputs[slot].copy_(stack.b.T)
-        self.inputs, self.outputs = inputs, outputs
-        self.names = [self.names[i] for i in kept] + [stack.name for stack in new]
-        self.places = [self.places[i] for i in kept] + [stack.place for stack in new]
+        for i, stack in zip(free, new, strict=True):
+            self.inputs[i, :n].copy_(stack.a[:n])
+            self.inputs[i, n:].copy_(stack.a[2 * n :])
+            self.outputs[i].copy_(stack.b.T)
+            self.names[i], self.places[i] = stack.name, stack.place
         self.on, self.row_weights = slice(0, 0), None
 
     def select(self, on: Sequence[str], weights: Tensor | None) -> None:
@@ -138,6 +137,14 @@ class BankSegment(nn.Module):
         if weights.shape[0] not in (1, x.shape[0]):
             weights = weights.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
         return weights[:, None, :, None]
+
+
+def _resized(held: Tensor, kept: Sequence[int], room: int) -> Tensor:
+    """The stacks `kept` of `held`, and room for more behind them."""
+    resized = held.new_empty(len(kept) + room, *held.shape[1:])
+    for slot, i in enumerate(kept):
+        resized[slot].copy_(held[i])
+    return resized
 
 
 class StackBank(nn.Module):

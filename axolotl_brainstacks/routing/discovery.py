@@ -108,13 +108,14 @@ def discover(
         wanted = [*sets, *also.get(row_key(item.row), ())]
         return [names for names in dict.fromkeys(wanted) if names not in item.losses]
 
-    with _Progress(sum(map(len, sources.values())), len(meter.domains)) as progress:
+    with _Progress(sum(len({*map(row_key, rows)}) for rows in sources.values()), len(meter.domains)) as progress:
         for source, rows in sources.items():
             records = Records(library, source, meter.domains)
             known = on_main(records.read)
-            results[source] = [Found(row, known.get(row_key(row), {}), ()) for row in rows]
-            by_length = sorted(results[source], key=lambda item: len(item.row.input_ids))
-            for start in range(0, len(rows), BATCHES_PER_CHUNK * meter.batch_size):
+            distinct = {row_key(row): Found(row, known.get(row_key(row), {}), ()) for row in rows}
+            results[source] = [distinct[row_key(row)] for row in rows]
+            by_length = sorted(distinct.values(), key=lambda item: len(item.row.input_ids))
+            for start in range(0, len(by_length), BATCHES_PER_CHUNK * meter.batch_size):
                 chunk = by_length[start : start + BATCHES_PER_CHUNK * meter.batch_size]
                 while pairs := [(item, names) for item in chunk for names in missing(item)]:
                     weights = torch.tensor([[float(d in names) for d in meter.domains] for _, names in pairs])
