@@ -133,6 +133,17 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
     ctx.exit(subprocess.run(worker).returncode)
 
 
+@library.command()
+@click.pass_context
+def report(ctx: click.Context) -> None:
+    """Draw the library's figures anew, into LIB/report."""
+    from axolotl_brainstacks.report import PAGE, write_report
+
+    with _open(ctx).writing() as opened:
+        write_report(opened)
+    click.echo(str(opened.path / PAGE))
+
+
 @library.command("import")
 @click.argument("name")
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from wrapped import TINY, assert_near, layers_of, revive, wrap
 
-from axolotl_brainstacks.adapter.gating import add_loss, balance_loss, expert_use, noisy_logits, top_k_gates
+from axolotl_brainstacks.adapter.gating import Gating, gated, top_k_gates
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 
 SHAPES = [(1, 1), (2, 1), (4, 2), (5, 3), (4, 4)]
@@ -44,23 +44,6 @@ def test_the_gates_gradient_is_exact() -> None:
         assert torch.autograd.gradcheck(lambda x, k=k: top_k_gates(x, k), logits)
 
 
-def test_noise_is_gaussian_with_a_softplus_scale() -> None:
-    logits, noise = torch.randn(4), torch.randn(4)
-    drawn = noisy_logits(logits.expand(40_000, 4), noise.expand(40_000, 4))
-    scale = torch.log1p(noise.exp())
-    torch.testing.assert_close(drawn.mean(0), logits, rtol=0, atol=6 * float(scale.max()) / 200)
-    torch.testing.assert_close(drawn.std(0), scale, rtol=0.03, atol=0)
-
-
-def test_expert_use_counts_assignments() -> None:
-    gates = top_k_gates(torch.randn(3, 20, 4), 2)
-    use = expert_use(gates, 2)
-    counts = [sum(1 for gate in gates.flatten(0, 1).tolist() if gate[e] != 0) / (60 * 2) for e in range(4)]
-    assert use.tolist() == pytest.approx(counts)
-    assert float(use.sum()) == pytest.approx(1.0)
-    assert not expert_use(gates.requires_grad_(), 2).requires_grad
-
-
 def reference_balance(logits: Tensor, k: int) -> Tensor:
     """N * sum_e P(e) f(e), token by token."""
     tokens = logits.flatten(0, -2)
@@ -73,39 +56,95 @@ def reference_balance(logits: Tensor, k: int) -> Tensor:
     return experts * total
 
 
+def reference_gated(h: Tensor, gating: Gating, weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """z and the balance loss, expert by expert."""
+    n, r = gating.n, gating.r
+    logits = h[..., :n]
+    if gating.noisy:
+        logits = logits + torch.log1p(h[..., n : 2 * n].exp()) * noise
+    kept = logits.topk(gating.k).indices
+    hidden = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
+    gates = logits.masked_fill(hidden, -torch.inf).softmax(-1) * gating.scaling * weights
+    lead = 2 * n if gating.noise_rows else n
+    parts = [gates[..., e : e + 1] * h[..., lead + e * r : lead + (e + 1) * r] for e in range(n)]
+    return torch.cat(parts, dim=-1).flatten(-2), reference_balance(logits, gating.k)
+
+
 @pytest.mark.parametrize("experts,k", SHAPES)
-def test_balance_loss_and_its_gradient(experts: int, k: int) -> None:
-    # 19 tokens cannot be shared evenly; where they are, the gradient is zero and should be.
-    logits = torch.randn(1, 19, experts, dtype=torch.float64, requires_grad=True)
-    loss = balance_loss(logits, expert_use(top_k_gates(logits, k), k))
-    expected = reference_balance(logits, k)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0], rtol=1e-5, atol=1e-7)
-    if experts > 1 and k < experts:
-        assert gradient.abs().max() > 1e-6
+@pytest.mark.parametrize("noise_rows,noisy,balance", [(False, False, None), (True, False, 0.3), (True, True, 0.7)])
+@pytest.mark.parametrize("stacks", [1, 3])
+def test_values_and_gradients_equal_the_plain_formulas(
+    experts: int, k: int, noise_rows: bool, noisy: bool, balance: float | None, stacks: int
+) -> None:
+    gating = Gating(experts, 3, k, 1.7, noise_rows, noisy, balance)
+    # 2 x 19 tokens cannot be shared evenly by most; where they are, the balance has no gradient and should have none.
+    h = torch.randn(2, 19, stacks, experts * (2 if noise_rows else 1) + experts * 3, dtype=torch.float64)
+    h.requires_grad_()
+    weights = torch.rand(2, 1, stacks, 1, dtype=torch.float64) * (torch.rand(2, 1, stacks, 1) > 0.3)
+    weights[0, 0, 0] = 1.0
+    seed = torch.seed()
+    z, counts = gated(h, gating, weights)
+    upstream = torch.randn_like(z)
+    torch.manual_seed(seed)
+    expected, loss = reference_gated(h, gating, weights, torch.randn(2, 19, stacks, experts, dtype=torch.float64))
+    assert_near(z, expected, 1e-12)
+    if balance is None:
+        assert counts.numel() == 0
+    else:
+        assert float(counts[experts]) == pytest.approx(float(loss.detach()), rel=1e-10) and counts[-1] == 1
+        assert float(counts[:experts].sum()) == pytest.approx(1)
+    got = torch.autograd.grad((z * upstream).sum(), h)[0]
+    assert_near(got, torch.autograd.grad((expected * upstream).sum() + (balance or 0) * loss, h)[0], 1e-10)
 
 
-def test_balance_loss_is_one_when_balanced_and_n_when_one_expert_gets_all() -> None:
-    one_each = 50 * torch.eye(4, dtype=torch.float64)
-    assert float(balance_loss(one_each, expert_use(top_k_gates(one_each, 1), 1))) == pytest.approx(1.0)
-    one_gets_all = torch.tensor([[50.0, 0, 0, 0]] * 8, dtype=torch.float64)
-    assert float(balance_loss(one_gets_all, expert_use(top_k_gates(one_gets_all, 1), 1))) == pytest.approx(4.0)
+def test_the_upstream_gradient_does_not_scale_the_balance() -> None:
+    h = torch.randn(1, 19, 1, 8 + 8, dtype=torch.float64, requires_grad=True)
+    z, _ = gated(h, Gating(4, 2, 2, 1.0, noise_rows=True, balance=0.5))
+    # As at a fresh stack, whose B is zero.
+    (got,) = torch.autograd.grad((z * 0).sum(), h)
+    (expected,) = torch.autograd.grad(0.5 * reference_balance(h[..., :4], 2), h)
+    assert_near(got, expected, 1e-10)
+    assert expected.abs().max() > 1e-6
 
 
-def test_add_loss_changes_no_value_and_adds_scale_times_the_gradient() -> None:
-    w = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    carrier_of, loss_of, scale = (lambda w: (w * 3).sin()), (lambda w: (w**2).sum()), 0.37
+def test_bf16_is_as_near_to_the_truth_as_the_plain_formulas() -> None:
+    gating = Gating(4, 16, 2, 4.0)
+    exact = torch.randn(4, 64, 2, 4 + 64).bfloat16().double().requires_grad_()
+    rounded = exact.detach().bfloat16().requires_grad_()
+    plain = exact.detach().bfloat16().requires_grad_()
+    upstream = torch.randn(4, 64, 128).bfloat16()
+    ones = torch.ones((), dtype=torch.float64)
+    expected, _ = reference_gated(exact, gating, ones, ones)
+    z, _ = gated(rounded, gating)
+    gates = (top_k_gates(plain[..., :4].float(), 2) * 4.0).bfloat16().unsqueeze(-1)
+    plain_z = (plain[..., 4:].unflatten(-1, (4, 16)) * gates).flatten(-3)
 
-    carrier = carrier_of(w)
-    assert torch.equal(add_loss(carrier, loss_of(w), scale), carrier)
-    upstream = torch.randn(6, dtype=torch.float64)
-    (got,) = torch.autograd.grad((add_loss(carrier_of(w), loss_of(w), scale) * upstream).sum(), w)
-    (plain,) = torch.autograd.grad((carrier_of(w) * upstream).sum(), w)
-    torch.testing.assert_close(got - plain, scale * 2 * w.detach(), rtol=1e-12, atol=1e-12)
-    # The upstream gradient scales the carrier's part alone: also where it is zero, as at a fresh stack's zero B.
-    (alone,) = torch.autograd.grad((add_loss(carrier_of(w), loss_of(w), scale) * 0).sum(), w)
-    torch.testing.assert_close(alone, scale * 2 * w.detach(), rtol=1e-12, atol=1e-12)
+    def error(value: Tensor, truth: Tensor) -> float:
+        return float((value.detach().double() - truth).norm() / truth.norm())
+
+    assert error(z, expected) <= 1.05 * error(plain_z, expected)
+    (truth,) = torch.autograd.grad((expected * upstream.double()).sum(), exact)
+    (got,) = torch.autograd.grad((z * upstream).sum(), rounded)
+    (other,) = torch.autograd.grad((plain_z * upstream).sum(), plain)
+    assert error(got, truth) <= 1.05 * error(other, truth)
+
+
+def test_noise_is_gaussian_with_a_softplus_scale() -> None:
+    # Two experts, both on: z of the first is its gate, and its logit relative to the other follows from it.
+    logits, scales = torch.randn(2), torch.randn(2)
+    h = torch.cat([logits, scales, torch.ones(2)]).expand(40_000, 1, 6)
+    z, _ = gated(h, Gating(2, 1, 2, 1.0, noise_rows=True, noisy=True))
+    drawn = torch.logit(z[:, 0].double())
+    deviation = float(torch.log1p(scales.exp()).norm())
+    assert float(drawn.mean()) == pytest.approx(float(logits[0] - logits[1]), abs=6 * deviation / 200)
+    assert float(drawn.std()) == pytest.approx(deviation, rel=0.03)
+
+
+def test_balance_is_one_when_balanced_and_n_when_one_expert_gets_all() -> None:
+    gating = Gating(4, 1, 1, 1.0, balance=0.1)
+    for logits, loss in ((50 * torch.eye(4), 1.0), (torch.tensor([[50.0, 0, 0, 0]] * 8), 4.0)):
+        _, counts = gated(torch.cat([logits, torch.ones_like(logits)], dim=-1).unsqueeze(1), gating)
+        assert float(counts[4]) == pytest.approx(loss)
 
 
 # The same on a wrapped model
@@ -223,7 +262,7 @@ def test_statistics_are_the_mean_use_and_balance_over_training_forwards() -> Non
         uses, losses = [], []
         for x in inputs[:3]:
             logits = x @ layer.brainstacks_A["default"].weight[:4].T
-            uses.append(expert_use(top_k_gates(logits, 2), 2))
+            uses.append((top_k_gates(logits, 2) != 0).flatten(0, -2).float().mean(0) / 2)
             losses.append(float(reference_balance(logits, 2).detach()))
         torch.testing.assert_close(layer.statistics[:4], torch.stack(uses).sum(0), rtol=1e-5, atol=1e-6)
         assert float(layer.statistics[4]) == pytest.approx(sum(losses), rel=1e-5)

@@ -15,6 +15,7 @@ from routed import VOCABULARY, new_library, tiny_base, tuner_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from wrapped import assert_near
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.args import GateArgs
@@ -89,7 +90,7 @@ def test_outputs_equal_pefts(base_dir: Path, tmp_path: Path, options: dict[str, 
             expected = peft(ids).logits
             assert float((expected - plain).abs().max()) > 0.05
             with tuner_of(model).routed(domains={name: 1.0}):
-                assert float((model(ids).logits - expected).abs().max()) < 1e-5
+                assert_near(model(ids).logits, expected, 1e-5)
         with tuner_of(model).routed(domains={}):
             assert torch.equal(model(ids).logits, plain)
 
@@ -105,7 +106,7 @@ def test_the_stack_is_a_peft_folder_of_its_own_with_rank_and_scale_kept(base_dir
     alone = PeftModel.from_pretrained(fresh_base(base_dir), str(library.stack_path(stack.name))).eval()
     ids = tokens()
     with torch.no_grad():
-        assert float((alone(ids).logits - lora(ids).logits).abs().max()) < 1e-5
+        assert_near(alone(ids).logits, lora(ids).logits, 1e-5)
     assert library.verify() == []
     listing = CliRunner().invoke(cli.library, [str(library.path), "list"])
     assert "imported" in listing.output and "sums" in listing.output
@@ -120,7 +121,7 @@ def test_an_adapter_in_half_precision_comes_in_as_peft_reads_it(base_dir: Path, 
     model = PeftModel.from_pretrained(fresh_base(base_dir), str(tmp_path / "library")).eval()
     ids = tokens()
     with torch.no_grad():
-        assert float((model(ids).logits - lora(ids).logits).abs().max()) < 1e-5
+        assert_near(model(ids).logits, lora(ids).logits, 1e-5)
 
 
 def test_imported_domains_are_routed_among(base_dir: Path, tmp_path: Path) -> None:

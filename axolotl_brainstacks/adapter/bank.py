@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axolotl_brainstacks.adapter.gating import top_k_gates
+from axolotl_brainstacks.adapter.gating import Gating, gated, multiply_add
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,10 @@ class BankSegment(nn.Module):
 
     def activations(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Gated, scaled rank-space activations (..., stacks * experts * r) of `x` (..., in)."""
-        shape = self.shape
         h = F.linear(x, inputs.flatten(0, 1)).unflatten(-1, (inputs.shape[0], -1))
-        gates = top_k_gates(h[..., : shape.num_experts].float(), shape.top_k) * shape.scaling
-        if self.row_weights is not None:
-            gates = gates * self._broadcast(self.row_weights, x)
-        z = h[..., shape.num_experts :].unflatten(-1, (shape.num_experts, shape.r))
-        return (z * gates.to(z.dtype).unsqueeze(-1)).flatten(-3)
+        gating = Gating(self.shape.num_experts, self.shape.r, self.shape.top_k, self.shape.scaling)
+        weights = None if self.row_weights is None else self._broadcast(self.row_weights, x)
+        return gated(h, gating, weights)[0]
 
     @staticmethod
     def _broadcast(weights: Tensor, x: Tensor) -> Tensor:
@@ -203,9 +200,8 @@ class StackBank(nn.Module):
         """The B matrices of all stacks that are on, ranks as rows: (R, out)."""
         return torch.cat([segment.weights()[1].flatten(0, 1) for segment in self._segments() if segment.active])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Sum of the deltas of the stacks that are on: (..., in) -> (..., out)."""
-        delta: Tensor | None = None
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` (..., out) plus the deltas for `x` (..., in) of the stacks that are on."""
         activations = []
         for segment in self._segments():
             if not segment.active:
@@ -214,9 +210,7 @@ class StackBank(nn.Module):
             z = segment.activations(x.to(inputs.dtype), inputs)
             if self.observer is not None:
                 activations.append(z)
-            part = z @ outputs.flatten(0, 1)
-            delta = part if delta is None else delta + part
+            y = multiply_add(y, z, outputs.flatten(0, 1))
         if self.observer is not None:
             self.observer(torch.cat(activations, dim=-1))
-        assert delta is not None, "a bank with no stack on must not be called"
-        return delta
+        return y

@@ -1,5 +1,8 @@
 """Which experts a token uses: noisy top-k gates and the load balance (Shazeer et al. 2017; paper section 1)."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,9 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def noisy_logits(logits: Tensor, noise: Tensor) -> Tensor:
-    """``l = W_r x + softplus(W_n x) * eps`` with standard normal ``eps``; both inputs (..., experts)."""
-    return logits + F.softplus(noise) * torch.randn_like(logits)
+@dataclass(frozen=True)
+class Gating:
+    """How the rows of an A-side matmul are read: per stack n gate logits, n noise scales if `noisy_rows`, n experts of r.
+
+    scaling: of the gated activations. noisy: draw noise (training). balance: weight of the load-balance loss, whose
+    gradient is made in backward; None where nothing is to be counted.
+    """
+
+    n: int
+    r: int
+    k: int
+    scaling: float
+    noise_rows: bool = False
+    noisy: bool = False
+    balance: float | None = None
 
 
 def top_k_gates(logits: Tensor, k: int) -> Tensor:
@@ -17,43 +32,93 @@ def top_k_gates(logits: Tensor, k: int) -> Tensor:
 
     Exactly k gates are non-zero, also when logits tie. Shape and dtype are those of `logits`.
     """
-    if k == logits.shape[-1]:
-        return logits.softmax(-1)
+    powers, kept = _powers(logits, k)
+    return _shares(powers * kept)
+
+
+def _powers(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``exp(logits - max)``, and 1 at each token's k largest logits, 0 elsewhere."""
     values, indices = logits.topk(k, dim=-1)
-    return torch.zeros_like(logits).scatter(-1, indices, values.softmax(-1))
+    return (logits - values[..., :1]).exp(), torch.zeros_like(logits).scatter(-1, indices, 1.0)
 
 
-def expert_use(gates: Tensor, k: int) -> Tensor:
-    """Share of the token-to-expert assignments that each expert gets, summing to 1: (..., experts) -> (experts,)."""
-    return (gates.detach() != 0).flatten(0, -2).to(torch.float32).mean(0) / k
+def _shares(powers: Tensor) -> Tensor:
+    return powers / powers.sum(-1, keepdim=True)
 
 
-def balance_loss(logits: Tensor, use: Tensor) -> Tensor:
-    """``N * sum_e P(e) f(e)``: 1 when every expert gets an equal share, up to N when one gets all.
+def gated(h: Tensor, gating: Gating, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gated, scaled rank-space activations, and what the load balance is about.
 
-    P is the mean probability over the tokens of `logits` (..., N) and carries the gradient; f is `use` (N,).
+    One autograd node with a backward of its own, because the tensors are so small that the number of operations is
+    what counts. It saves no copy of the activations besides its own output, and it makes the load-balance gradient
+    there and then: so that needs nothing from the trainer, and survives both kinds of gradient checkpointing, DDP and
+    DeepSpeed.
+
+    Args:
+        h: (..., stacks, rows), rows as `Gating` says.
+        weights: factors of the gates, broadcast over (..., stacks, n); without a gradient of their own.
+
+    Returns:
+        z (..., stacks * n * r), and counts (n + 2): each expert's share of the assignments, the balance loss
+        (1 when all are used alike, up to n when one gets everything), and 1; empty without `gating.balance`.
     """
-    probability = logits.softmax(-1).flatten(0, -2).mean(0)
-    return logits.shape[-1] * (probability * use).sum()
+    z, counts = _Gated.apply(h, gating, weights)  # type: ignore[no-untyped-call]
+    return z, counts
 
 
-class _AddLoss(torch.autograd.Function):
+def multiply_add(y: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
+    """``y + z @ matrix`` in the dtype of `y` (..., out), in one pass over it where the dtypes agree: matrix (ranks, out)."""
+    if y.dtype != z.dtype or torch.is_autocast_enabled(y.device.type):
+        return y + (z @ matrix).to(y.dtype)
+    return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), matrix).view(y.shape)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, loss: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        ctx.loss_like = loss.dtype, loss.device
-        return carrier.view_as(carrier)
+    def forward(ctx: Any, h: Tensor, gating: Gating, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        n, lead = gating.n, gating.n * (2 if gating.noise_rows else 1)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        logits = h[..., :n].to(wide)
+        noise = scale = None
+        if gating.noisy:
+            scale = h[..., n : 2 * n].to(wide)
+            noise = torch.randn_like(logits)
+            logits = torch.addcmul(logits, F.softplus(scale), noise)
+        powers, kept = _powers(logits, gating.k)
+        gates = _shares(powers * kept)
+        factors = gates * gating.scaling
+        if weights is not None:
+            factors = factors * weights
+        z = (h[..., lead:].unflatten(-1, (n, gating.r)) * factors.unsqueeze(-1)).to(h.dtype)
+        counts = logits.new_empty(0)
+        probabilities = use = None
+        if gating.balance is not None:
+            probabilities = _shares(powers)
+            use = kept.flatten(0, -2).mean(0) / gating.k
+            loss = n * (probabilities.flatten(0, -2).mean(0) * use).sum()
+            counts = torch.cat([use, loss.view(1), loss.new_ones(1)])
+        z = z.flatten(-3)
+        ctx.gating = gating
+        ctx.mark_non_differentiable(counts)
+        ctx.save_for_backward(z, gates, factors, scale, noise, probabilities, use)
+        return z, counts
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        dtype, device = ctx.loss_like
-        return grads[0], torch.full((), ctx.scale, dtype=dtype, device=device), None
-
-
-def add_loss(carrier: Tensor, loss: Tensor, scale: float) -> Tensor:
-    """Return `carrier` unchanged; whenever a gradient flows back through it, ``scale * loss`` is differentiated too.
-
-    The gradient is made in backward, so it survives both kinds of gradient checkpointing, DDP and DeepSpeed, and needs
-    nothing from the trainer.
-    """
-    return _AddLoss.apply(carrier, loss, scale)  # type: ignore[no-untyped-call]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
+        z, gates, factors, scale, noise, probabilities, use = ctx.saved_tensors
+        gating: Gating = ctx.gating
+        shape = (*gates.shape, gating.r)
+        grad = grad.view(shape)
+        # With z = gate * factor * activation, gate * d/d(gate) is <grad, z>: the softmax's backward needs just that.
+        pull = (grad.to(gates.dtype) * z.view(shape)).sum(-1)
+        to_logits = pull - gates * pull.sum(-1, keepdim=True)
+        if gating.balance is not None:
+            tokens = probabilities.numel() // gating.n
+            lean = probabilities * use
+            to_logits += (lean - probabilities * lean.sum(-1, keepdim=True)) * (gating.balance * gating.n / tokens)
+        to_gate = [to_logits]
+        if gating.noise_rows:
+            to_gate.append(to_logits * noise * scale.sigmoid() if gating.noisy else torch.zeros_like(to_logits))
+        to_ranks = (grad * factors.unsqueeze(-1)).flatten(-2)
+        return torch.cat([*to_gate, to_ranks], dim=-1).to(grad.dtype), None, None

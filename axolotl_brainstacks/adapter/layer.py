@@ -8,13 +8,12 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
 from axolotl_brainstacks.adapter.bank import StackBank, StackShape, StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.gating import add_loss, balance_loss, expert_use, noisy_logits, top_k_gates
+from axolotl_brainstacks.adapter.gating import Gating, gated, multiply_add
 from axolotl_brainstacks.distributed import gathered, whole
 from axolotl_brainstacks.nullspace import project_out
 
@@ -32,8 +31,9 @@ class OutputProjection(nn.Linear):
         """What is multiplied, and what is frozen at the end: the same in training, evaluation and inference."""
         return self.weight if self.basis is None else project_out(self.weight, self.basis)
 
-    def forward(self, z: Tensor) -> Tensor:
-        return F.linear(z, self.effective_weight().to(z.dtype))
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        """`y` (..., out) plus the output for `z` (..., experts * r)."""
+        return multiply_add(y, z, self.effective_weight().to(z.dtype).T)
 
 
 class BrainstacksLayer(nn.Module, BaseTunerLayer):
@@ -159,36 +159,38 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if self.bank.active:
-            y = y + self.bank(x).to(y.dtype)
+            y = self.bank(x, y)
         if not self.disable_adapters:
             for name in self.active_adapters:
                 if name in self.shapes:
-                    y = y + self.active_delta(name, x).to(y.dtype)
+                    y = self.add_trained(name, x, y)
         return y
 
-    def active_delta(self, name: str, x: Tensor) -> Tensor:
-        """Output of the trainable stack `name`: (..., in) -> (..., out). Injects the load-balance gradient in training."""
-        shape, n = self.shapes[name], self.shapes[name].num_experts
+    def add_trained(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """`y` (..., out) plus the delta of the trainable stack `name` for `x` (..., in)."""
+        shape, config = self.shapes[name], self.configs[name]
         a, b = self.trained(name)
         h = a(self._cast_input_dtype(self.dropouts[name](x), a.weight.dtype))
-        logits = h[..., :n].float()
-        if self.training and self.configs[name].noisy_gate:
-            logits = noisy_logits(logits, h[..., n : 2 * n].float())
-        gates = top_k_gates(logits, shape.top_k)
         # Not in the reference passes of DPO, nor in the first pass of reentrant checkpointing: no gradient, no count.
-        if self.training and self.configs[name].balance_coef and torch.is_grad_enabled():
-            use = expert_use(gates, shape.top_k)
-            loss = balance_loss(logits, use)
-            gates = add_loss(gates, loss, self.configs[name].balance_coef * self.balance_scale)
-            self._count(use, loss)
-        z = h[..., 2 * n :].unflatten(-1, (n, shape.r)) * (gates * shape.scaling).to(h.dtype).unsqueeze(-1)
-        return b(z.flatten(-2))
+        counting = self.training and config.balance_coef and torch.is_grad_enabled()
+        gating = Gating(
+            shape.num_experts,
+            shape.r,
+            shape.top_k,
+            shape.scaling,
+            noise_rows=True,
+            noisy=self.training and config.noisy_gate,
+            balance=config.balance_coef * self.balance_scale if counting else None,
+        )
+        z, counts = gated(h.unsqueeze(-2), gating)
+        if counting:
+            self._count(counts.float())
+        return b(z, y)
 
-    def _count(self, use: Tensor, loss: Tensor) -> None:
-        row = torch.cat([use, loss.detach().float().view(1), use.new_ones(1)])
+    def _count(self, counts: Tensor) -> None:
         if self.statistics is None:
-            self.statistics = torch.zeros_like(row)
-        self.statistics.add_(row)
+            self.statistics = torch.zeros_like(counts)
+        self.statistics.add_(counts)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError("A stack's gates depend on the token, so stacks cannot be merged into the base weights")

@@ -14,9 +14,10 @@ from axolotl_brainstacks.curriculum.build import tuner
 from axolotl_brainstacks.distributed import is_main, on_main
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.plugin import BrainstacksPlugin
+from axolotl_brainstacks.report import PAGE
 from axolotl_brainstacks.routing import report
 from axolotl_brainstacks.routing.data import load_samples, split
-from axolotl_brainstacks.routing.make import CHART, EVALUATION, make_router
+from axolotl_brainstacks.routing.make import EVALUATION, make_router
 from axolotl_brainstacks.routing.measure import Meter
 from axolotl_brainstacks.routing.router import routable_domains
 
@@ -52,7 +53,7 @@ def run(config: str) -> None:
         evaluation = make_router(library, meter, samples, plan.block.router)
     if is_main():
         report.show(evaluation, Console())
-        print(f"The router of {library.path} is saved; figures in {EVALUATION} and {CHART}")
+        print(f"The router of {library.path} is saved; figures in {EVALUATION} and {PAGE}")
 
 
 def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:

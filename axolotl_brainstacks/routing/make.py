@@ -15,20 +15,20 @@ from torch import Tensor
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing import report
+from axolotl_brainstacks.report import ROUTER_CHART, write_report
 from axolotl_brainstacks.routing.data import MIXED, Part, Sample, joined, keep_rows, split
 from axolotl_brainstacks.routing.discovery import discover, row_key
 from axolotl_brainstacks.routing.evaluate import Judged, summary
 from axolotl_brainstacks.routing.fit import Prompts, Score, fit, probabilities, target
 from axolotl_brainstacks.routing.gate import gate
 from axolotl_brainstacks.routing.measure import Meter
+from axolotl_brainstacks.routing.report import chart
 from axolotl_brainstacks.routing.router import Router, RouterConfig
 from axolotl_brainstacks.storage import json_to_bytes
 
 LOG = logging.getLogger(__name__)
 
 EVALUATION = "router/evaluation.json"
-CHART = "report/router.png"
 
 
 def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args: RouterArgs) -> dict[str, Any]:
@@ -85,8 +85,9 @@ def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args:
 
     def save() -> None:
         library.write_file(EVALUATION, json_to_bytes(evaluation))
-        library.write_file(CHART, report.chart(evaluation))
+        library.write_file(ROUTER_CHART, chart(evaluation))
         router.save(library)
+        write_report(library)
 
     on_main(save)
     return evaluation

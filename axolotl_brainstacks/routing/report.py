@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from axolotl_brainstacks.report import png
 from axolotl_brainstacks.routing.evaluate import CHOICES
 
-# Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
 COLOURS = ("#999999", "#d55e00", "#56b4e9", "#0072b2", "#009e73")
 
 
@@ -38,7 +37,6 @@ def show(evaluation: dict[str, Any], console: Console) -> None:
 
 def chart(evaluation: dict[str, Any]) -> bytes:
     """A PNG: the losses of every choice, side by side for each source of prompts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     losses = evaluation["losses"]
@@ -54,6 +52,4 @@ def chart(evaluation: dict[str, Any]) -> bytes:
     axes.set_title("Unseen prompts: what the router's choice costs", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(CHOICES), frameon=False)
-    data = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(data)
-    return data.getvalue()
+    return png(figure)

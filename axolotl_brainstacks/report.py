@@ -1,0 +1,141 @@
+"""A library's figures for reading: charts, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from axolotl_brainstacks.library import Library
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORGETTING = "report/forgetting.json"
+SAMPLES = "report/samples.jsonl"
+ROUNDS_CHART = "report/rounds.png"
+FORGETTING_CHART = "report/forgetting.png"
+ROUTER_CHART = "report/router.png"
+PAGE = "report/report.html"
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ manifest.base.title }}: brainstacks</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } img { max-width: 100% }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums } pre { white-space: pre-wrap; margin: 0 }
+</style>
+<h1>Brainstacks on {{ manifest.base.title }}</h1>
+<p>{{ manifest.domains | length }} domains, {{ manifest.stacks | length }} frozen stacks. Losses are means per answer
+token on each domain's validation rows, in nats.</p>
+<table><tr><th>domain<th>base<th>round<th>before<th>after<th>steps<th>ended<th>kept<th>null space</tr>
+{% for domain in manifest.domains %}{% for round in domain.rounds %}
+<tr><td>{{ domain.name }}<td class="n">{{ "%.4f" | format(domain.base_loss) }}<td class="n">{{ round.round }}
+<td class="n">{{ "%.4f" | format(round.loss_before) }}<td class="n">{{ "%.4f" | format(round.loss_after) }}
+<td class="n">{{ round.steps }}<td>{{ round.stop_reason }}<td>{{ "yes" if round.kept else "no" }}
+<td>{% if domain.nullspace %}{{ domain.nullspace.columns }} columns hold
+{{ "%.2f" | format(100 * domain.nullspace.energy) }} % of earlier domains' output energy,
+{{ "%.0f" | format(100 * domain.nullspace.capacity_left) }} % is left{% endif %}</tr>
+{% endfor %}{% endfor %}</table>
+{% for title, image in charts %}<h2>{{ title }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
+{% endfor %}
+{% if samples %}<h2>Answers to validation prompts after each stack</h2>
+<table><tr><th>domain<th>round<th>prompt<th>answer<th>reference</tr>
+{% for s in samples %}<tr><td>{{ s.domain }}<td class="n">{{ s.round }}<td><pre>{{ s.prompt }}</pre>
+<td><pre>{{ s.answer }}</pre><td><pre>{{ s.reference }}</pre></tr>
+{% endfor %}</table>{% endif %}
+</html>
+"""
+
+
+def write_report(library: Library) -> None:
+    """Draw what the library's records say into `report/`; inside `library.writing()`."""
+    from jinja2 import Environment
+
+    charts = {}
+    if any(domain.rounds for domain in library.manifest.domains):
+        charts[ROUNDS_CHART] = png(_rounds(library))
+    if rows := _read_json(library, FORGETTING):
+        charts[FORGETTING_CHART] = png(_forgetting(rows))
+    for file, data in charts.items():
+        library.write_file(file, data)
+    titles = {
+        ROUNDS_CHART: "Residual boosting: the validation loss after every round",
+        FORGETTING_CHART: "Forgetting: every domain's loss after each later domain was trained",
+        ROUTER_CHART: "The router on unseen prompts",
+    }
+    present = [(title, library.path / file) for file, title in titles.items() if (library.path / file).exists()]
+    page = Environment(autoescape=True).from_string(_TEMPLATE)
+    html = page.render(
+        manifest=library.manifest,
+        charts=[(title, base64.b64encode(path.read_bytes()).decode()) for title, path in present],
+        samples=_read_lines(library, SAMPLES),
+    )
+    library.write_file(PAGE, html.encode())
+
+
+def png(figure: Figure) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    data = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(data)
+    return data.getvalue()
+
+
+def _rounds(library: Library) -> Figure:
+    from matplotlib.figure import Figure
+
+    trained = [domain for domain in library.manifest.domains if domain.rounds]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, domain in enumerate(trained):
+        colour, rounds = COLOURS[number % len(COLOURS)], domain.rounds
+        kept = [r for r in rounds if r.kept and math.isfinite(r.loss_after)]
+        xs, ys = [0, *(r.round for r in kept)], [rounds[0].loss_before, *(r.loss_after for r in kept)]
+        axes.plot(xs, ys, marker="o", color=colour, label=domain.name)
+        dropped = [r for r in rounds if not r.kept and math.isfinite(r.loss_after)]
+        axes.plot([r.round for r in dropped], [r.loss_after for r in dropped], "x", color=colour)
+        axes.plot(-0.15, domain.base_loss, marker="_", markersize=12, color=colour, clip_on=False)
+    axes.set_xticks(range(max(len(domain.rounds) for domain in trained) + 1))
+    axes.set_xlabel("round (0: with the stacks of earlier domains; the dash beside it: base alone; x: dropped)")
+    axes.set_ylabel("validation loss per answer token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _forgetting(rows: list[dict[str, Any]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for row in rows for name in row["own_stacks"]))
+    figure = Figure(figsize=(2 + 2.4 * len(names), 1.2 + 0.6 * len(rows)), layout="constrained")
+    kinds = {"own_stacks": "with the stacks it was trained with", "all_stacks": "with all stacks on"}
+    for axes, (kind, title) in zip(figure.subplots(1, 2, squeeze=False)[0], kinds.items(), strict=True):
+        first = {name: next(row[kind][name] for row in rows if name in row[kind]) for name in names}
+        change = [[row[kind].get(name, math.nan) - first[name] for name in names] for row in rows]
+        most = max((abs(value) for line in change for value in line if math.isfinite(value)), default=0) or 1.0
+        axes.imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        for y, row in enumerate(rows):
+            for x, name in enumerate(names):
+                if name in row[kind]:
+                    axes.text(x, y, f"{row[kind][name]:.3f}", ha="center", va="center")
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(rows)), [f"after {row['after']}" for row in rows])
+        axes.set_title(title, fontsize="medium")
+    return figure
+
+
+def _read_json(library: Library, file: str) -> Any:
+    path = library.path / file
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _read_lines(library: Library, file: str) -> list[Any]:
+    path = library.path / file
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
