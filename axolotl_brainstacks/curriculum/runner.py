@@ -23,11 +23,9 @@ from axolotl_brainstacks.curriculum.stages import DomainStage
 from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.evaluation import Row, answer, mean_loss, pack_rows, unpack_rows
 from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
+from axolotl_brainstacks.report import FORGETTING, SAMPLES, write_report
 
 LOG = get_logger(__name__)
-
-FORGETTING = "report/forgetting.json"
-SAMPLES = "report/samples.jsonl"
 
 
 class CurriculumRunner:
@@ -80,10 +78,15 @@ class CurriculumRunner:
     def finish_domain(self, stage: DomainStage) -> None:
         """Measure what the domain did to the others and close it; the last round's engine still stands."""
         self.report_forgetting(stage)
-        entry = on_main(lambda: self.library.update_domain(stage.name, done=True))
+        entry = on_main(lambda: self._close(stage.name))
         if not any(record.kept for record in entry.rounds):
             LOG.warning("No round of %s lowered its validation loss, so it has no stack; check its data", stage.name)
         LOG.info("Domain %s is done: %s", stage.name, summary(entry))
+
+    def _close(self, name: str) -> DomainEntry:
+        entry = self.library.update_domain(name, done=True)
+        write_report(self.library)
+        return entry
 
     def _entry(self, name: str) -> DomainEntry | None:
         return next((entry for entry in self.library.manifest.domains if entry.name == name), None)
