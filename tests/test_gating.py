@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from wrapped import TINY, assert_near, layers_of, revive, wrap
 
-from axolotl_brainstacks.adapter.gating import Gating, gated, top_k_gates
+from axolotl_brainstacks.adapter.gating import BatchTokens, Gating, gated, top_k_gates
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 
 SHAPES = [(1, 1), (2, 1), (4, 2), (5, 3), (4, 4)]
@@ -44,9 +44,11 @@ def test_the_gates_gradient_is_exact() -> None:
         assert torch.autograd.gradcheck(lambda x, k=k: top_k_gates(x, k), logits)
 
 
-def reference_balance(logits: Tensor, k: int) -> Tensor:
-    """N * sum_e P(e) f(e), token by token."""
+def reference_balance(logits: Tensor, k: int, real: Tensor | None = None) -> Tensor:
+    """N * sum_e P(e) f(e), token by token, over those of the mask `real`."""
     tokens = logits.flatten(0, -2)
+    if real is not None:
+        tokens = tokens[real.flatten().bool()]
     experts = tokens.shape[-1]
     total = tokens.new_zeros(())
     for e in range(experts):
@@ -95,6 +97,22 @@ def test_values_and_gradients_equal_the_plain_formulas(
         assert float(counts[:experts].sum()) == pytest.approx(1)
     got = torch.autograd.grad((z * upstream).sum(), h)[0]
     assert_near(got, torch.autograd.grad((expected * upstream).sum() + (balance or 0) * loss, h)[0], 1e-10)
+
+
+def test_padding_does_not_count_in_the_balance() -> None:
+    gating, h = Gating(4, 3, 2, 1.0, balance=0.5), torch.randn(3, 11, 1, 16, dtype=torch.float64, requires_grad=True)
+    real = torch.arange(11)[None] < torch.tensor([11, 4, 6])[:, None]
+    batch = BatchTokens()
+    batch.look_at(real.long() * 2)
+    assert batch.share_of(torch.empty(3, 10, 5)) is None
+    share = batch.share_of(torch.empty(3, 11, 5))
+    assert share is not None
+    z, counts = gated(h, gating, share=share.double())
+    expected = reference_balance(h[..., :4], 2, real)
+    assert float(counts[4]) == pytest.approx(float(expected.detach()), rel=1e-6)
+    (gradient,) = torch.autograd.grad((z * 0).sum(), h)
+    assert_near(gradient, torch.autograd.grad(0.5 * expected, h)[0], 1e-6)
+    assert not gradient[~real].any()
 
 
 def test_the_upstream_gradient_does_not_scale_the_balance() -> None:
@@ -211,6 +229,27 @@ def test_the_injected_gradient_equals_the_explicit_loss_under_every_kind_of_chec
             assert_near(got[name], gradient, 1e-4, f"{name}, reentrant {reentrant}")
         gates = [name for name in got if "brainstacks_A" in name]
         assert all((got[name][:4] - without[name][:4]).abs().max() > 1e-6 for name in gates)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_models_padding_changes_no_gradient(reentrant: bool | None) -> None:
+    model = wrap(r=2, num_experts=4, top_k=2, noisy_gate=False, balance_coef=0.5)
+    revive(model)
+    model.train()
+    model.enable_input_require_grads()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = tokens()
+    expected = step(model, ids)
+    padded, mask = (
+        torch.cat([ids, torch.zeros_like(ids)], 1),
+        torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1),
+    )
+    model.zero_grad()
+    labels = padded.masked_fill(mask == 0, -100)
+    model(input_ids=padded, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    for name, gradient in expected.items():
+        assert_near(gradients(model)[name], gradient, 1e-4, name)
 
 
 def test_a_fresh_stack_whose_delta_is_zero_is_balanced_already() -> None:

@@ -27,6 +27,27 @@ class Gating:
     balance: float | None = None
 
 
+@dataclass
+class BatchTokens:
+    """The tokens of the batch under way, which all layers of a model share.
+
+    share: (rows, tokens, 1, 1), what each token counts in the load balance: padding nothing; None: all alike.
+    """
+
+    share: Tensor | None = None
+
+    def look_at(self, mask: Tensor | None) -> None:
+        """Take in an attention mask (rows, tokens), 0 at padding; masks of other shapes say nothing about tokens."""
+        self.share = None
+        if mask is not None and mask.dim() == 2:
+            real = mask.ne(0).float()
+            self.share = (real / real.sum())[..., None, None]
+
+    def share_of(self, x: Tensor) -> Tensor | None:
+        """The tokens' shares if `x` (..., features) holds the tokens of this batch."""
+        return self.share if self.share is not None and self.share.shape[:-2] == x.shape[:-1] else None
+
+
 def top_k_gates(logits: Tensor, k: int) -> Tensor:
     """Softmax over the k largest logits of the last dimension, exactly 0 elsewhere.
 
@@ -46,7 +67,9 @@ def _shares(powers: Tensor) -> Tensor:
     return powers / powers.sum(-1, keepdim=True)
 
 
-def gated(h: Tensor, gating: Gating, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def gated(
+    h: Tensor, gating: Gating, weights: Tensor | None = None, share: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gated, scaled rank-space activations, and what the load balance is about.
 
     One autograd node with a backward of its own, because the tensors are so small that the number of operations is
@@ -57,12 +80,13 @@ def gated(h: Tensor, gating: Gating, weights: Tensor | None = None) -> tuple[Ten
     Args:
         h: (..., stacks, rows), rows as `Gating` says.
         weights: factors of the gates, broadcast over (..., stacks, n); without a gradient of their own.
+        share: what each token counts in the load balance, broadcast over (..., stacks, n), summing to 1; None: alike.
 
     Returns:
         z (..., stacks * n * r), and counts (n + 2): each expert's share of the assignments, the balance loss
         (1 when all are used alike, up to n when one gets everything), and 1; empty without `gating.balance`.
     """
-    z, counts = _Gated.apply(h, gating, weights)  # type: ignore[no-untyped-call]
+    z, counts = _Gated.apply(h, gating, weights, share)  # type: ignore[no-untyped-call]
     return z, counts
 
 
@@ -75,7 +99,9 @@ def multiply_add(y: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, gating: Gating, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, h: Tensor, gating: Gating, weights: Tensor | None, share: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         n, lead = gating.n, gating.n * (2 if gating.noise_rows else 1)
         wide = torch.promote_types(h.dtype, torch.float32)
         logits = h[..., :n].to(wide)
@@ -94,19 +120,21 @@ class _Gated(torch.autograd.Function):
         probabilities = use = None
         if gating.balance is not None:
             probabilities = _shares(powers)
-            use = kept.flatten(0, -2).mean(0) / gating.k
-            loss = n * (probabilities.flatten(0, -2).mean(0) * use).sum()
+            if share is None:
+                share = logits.new_full((), n / logits.numel())
+            use = (kept * share).flatten(0, -2).sum(0) / gating.k
+            loss = n * ((probabilities * share).flatten(0, -2).sum(0) * use).sum()
             counts = torch.cat([use, loss.view(1), loss.new_ones(1)])
         z = z.flatten(-3)
         ctx.gating = gating
         ctx.mark_non_differentiable(counts)
-        ctx.save_for_backward(z, gates, factors, scale, noise, probabilities, use)
+        ctx.save_for_backward(z, gates, factors, scale, noise, probabilities, use, share)
         return z, counts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
-        z, gates, factors, scale, noise, probabilities, use = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+        z, gates, factors, scale, noise, probabilities, use, share = ctx.saved_tensors
         gating: Gating = ctx.gating
         shape = (*gates.shape, gating.r)
         grad = grad.view(shape)
@@ -114,11 +142,10 @@ class _Gated(torch.autograd.Function):
         pull = (grad.to(gates.dtype) * z.view(shape)).sum(-1)
         to_logits = pull - gates * pull.sum(-1, keepdim=True)
         if gating.balance is not None:
-            tokens = probabilities.numel() // gating.n
             lean = probabilities * use
-            to_logits += (lean - probabilities * lean.sum(-1, keepdim=True)) * (gating.balance * gating.n / tokens)
+            to_logits += (lean - probabilities * lean.sum(-1, keepdim=True)) * (share * (gating.balance * gating.n))
         to_gate = [to_logits]
         if gating.noise_rows:
             to_gate.append(to_logits * noise * scale.sigmoid() if gating.noisy else torch.zeros_like(to_logits))
         to_ranks = (grad * factors.unsqueeze(-1)).flatten(-2)
-        return torch.cat([*to_gate, to_ranks], dim=-1).to(grad.dtype), None, None
+        return torch.cat([*to_gate, to_ranks], dim=-1).to(grad.dtype), None, None, None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from axolotl_brainstacks.adapter.bank import StackBank, StackShape, StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.gating import Gating, gated, multiply_add
+from axolotl_brainstacks.adapter.gating import BatchTokens, Gating, gated, multiply_add
 from axolotl_brainstacks.distributed import gathered, whole
 from axolotl_brainstacks.nullspace import project_out
 
@@ -62,6 +62,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         self.shapes: dict[str, StackShape] = {}
         self.configs: dict[str, BrainstacksConfig] = {}
         self.bank = StackBank()
+        self.batch = BatchTokens()
         # A micro-batch's share in the optimiser step: the trainer's loss is divided likewise.
         self.balance_scale = 1.0
         # Sums over training forwards: expert use (experts), balance loss, number of forwards. To be reset with `zero_`:
@@ -182,7 +183,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
             noisy=self.training and config.noisy_gate,
             balance=config.balance_coef * self.balance_scale if counting else None,
         )
-        z, counts = gated(h.unsqueeze(-2), gating)
+        z, counts = gated(h.unsqueeze(-2), gating, share=self.batch.share_of(x) if counting else None)
         if counting:
             self._count(counts.float())
         return b(z, y)

@@ -17,6 +17,7 @@ from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
+from axolotl_brainstacks.adapter.gating import BatchTokens
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.tensors import stack_pairs, stack_tensors
 
@@ -88,6 +89,7 @@ class BrainstacksModel(BaseTuner):
             return target
         layer = BrainstacksLayer(target, module_name)
         layer._active_adapter = self.active_adapter
+        layer.batch = self._batch
         layer.requires_grad_(False)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
@@ -95,6 +97,7 @@ class BrainstacksModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._stacks: list[FrozenStack] = []
+        self._batch = BatchTokens()
         self._on: tuple[list[str], Tensor | None] = [], None
         self._mode = "auto"
         # Whether `_on` waits to be switched on, and perhaps read from disk, at the next forward.
@@ -257,6 +260,8 @@ class BrainstacksModel(BaseTuner):
         self._return_to(([] if mode == "base" else [stack.name for stack in self._stacks], None), mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            self._batch.look_at(kwargs.get("attention_mask"))
         if self._mode != "routed":
             return super().forward(*args, **kwargs)
         from axolotl_brainstacks import inference
