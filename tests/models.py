@@ -102,7 +102,7 @@ def base_config(model: Path, output: Path, **overrides: Any) -> dict[str, Any]:
         "warmup_steps": 0,
         "logging_steps": 1,
         "save_strategy": "no",
-        "dataset_num_proc": 1,
+        "dataset_num_proc": 0,
         "seed": 7,
     }
     return config | overrides
