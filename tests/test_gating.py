@@ -53,7 +53,7 @@ def reference_balance(logits: Tensor, k: int, real: Tensor | None = None) -> Ten
     total = tokens.new_zeros(())
     for e in range(experts):
         p = sum(token.softmax(0)[e] for token in tokens) / len(tokens)
-        f = sum(e in token.topk(k).indices.tolist() for token in tokens) / (k * len(tokens))
+        f = sum(e in token.topk(k).indices.tolist() for token in tokens) / len(tokens)
         total = total + p * f
     return experts * total
 

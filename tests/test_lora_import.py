@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
+from models import base_config, chat_dataset, run_axolotl, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import train
 from routed import VOCABULARY, new_library, tiny_base, tuner_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -147,6 +150,33 @@ def test_imported_domains_are_routed_among(base_dir: Path, tmp_path: Path) -> No
         model = PeftModel.from_pretrained(fresh_base(base_dir), str(library.path)).eval()
         assert [route.weights for route in tuner_of(model).route(ids)] == [{name: 1.0}] * 3
         assert torch.equal(model.generate(ids, **how), loras[name].generate(input_ids=ids, **how))
+
+
+def test_loras_trained_by_axolotl_become_domains_with_a_router(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    names = ("poems", "sums")
+    data = {name: chat_dataset(write_rows(tmp_path / f"{name}.jsonl", 30, Random(name))) for name in names}
+    for name in names:
+        config = base_config(tiny_llama_dir, tmp_path / name, adapter="lora", datasets=[data[name]], lora_r=8)
+        train(config | {"learning_rate": 0.01, "max_steps": 10}, tmp_path / f"{name}-run")
+        assert run(tmp_path / "library", name, tmp_path / name).exit_code == 0
+    model = PeftModel.from_pretrained(fresh_base(tiny_llama_dir), str(tmp_path / "library")).eval()
+    ids = tokens()
+    with torch.no_grad():
+        plain = fresh_base(tiny_llama_dir)(ids).logits
+        for name in names:
+            lora = PeftModel.from_pretrained(fresh_base(tiny_llama_dir), str(tmp_path / name)).eval()
+            expected = lora(ids).logits
+            assert float((expected - plain).abs().max()) > 0.01
+            with tuner_of(model).routed(domains={name: 1.0}):
+                assert_near(model(ids).logits, expected, 1e-5)
+    router = {"samples": 12, "width": 16, "epochs": 2, "mixed_pairs": 2}
+    domains = [{"name": name, "datasets": [data[name]]} for name in names]
+    block = {"library": str(tmp_path / "library"), "domains": domains, "router": router}
+    config = base_config(tiny_llama_dir, tmp_path / "out", adapter="brainstacks", brainstacks=block, val_set_size=0.2)
+    (tmp_path / "router.yml").write_text(yaml.safe_dump(config))
+    run_axolotl(["brainstacks-router", tmp_path / "router.yml"], tmp_path)
+    model = PeftModel.from_pretrained(fresh_base(tiny_llama_dir), str(tmp_path / "library")).eval()
+    assert len(tuner_of(model).route(ids)) == len(ids)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

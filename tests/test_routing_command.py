@@ -177,11 +177,17 @@ def test_the_command_makes_a_router(tiny: tuple[Path, Library], tmp_path: Path) 
     model, library = tiny
     path = written(tmp_path, config(tmp_path, model, library.path, samples=12))
     printed = run_axolotl(["brainstacks-router", path], tmp_path)
-    assert "Mean loss per answer token on unseen prompts" in printed and "router.png" in printed
+    assert "Mean loss per answer token on unseen prompts" in printed and "report.html" in printed
     assert Router.load(Library.open(library.path)).domains == DOMAINS
     rows = {name: (library.path / f"router/discovery/{name}.jsonl").read_text().count("row") for name in DOMAINS}
     assert rows == {"chat": 10, "code": 12, "math": 10}, "from the datasets, and from validation rows in the library"
     assert library.verify() == []
+    assert (library.path / "report/report.html").read_text().count("data:image/png") == 2
+    before = contents(library.path)
+    assert "nothing has changed" in run_axolotl(["brainstacks-router", path], tmp_path)
+    assert contents(library.path) == before
+    path = written(tmp_path, config(tmp_path, model, library.path, samples=12, seed=1))
+    assert "saved" in run_axolotl(["brainstacks-router", path], tmp_path)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -84,7 +84,7 @@ def gated(
 
     Returns:
         z (..., stacks * n * r), and counts (n + 2): each expert's share of the assignments, the balance loss
-        (1 when all are used alike, up to n when one gets everything), and 1; empty without `gating.balance`.
+        (k when all are used alike, up to n when k get everything), and 1; empty without `gating.balance`.
     """
     z, counts = _Gated.apply(h, gating, weights, share)  # type: ignore[no-untyped-call]
     return z, counts
@@ -123,7 +123,7 @@ class _Gated(torch.autograd.Function):
             if share is None:
                 share = logits.new_full((), n / logits.numel())
             use = (kept * share).flatten(0, -2).sum(0) / gating.k
-            loss = n * ((probabilities * share).flatten(0, -2).sum(0) * use).sum()
+            loss = n * gating.k * ((probabilities * share).flatten(0, -2).sum(0) * use).sum()
             counts = torch.cat([use, loss.view(1), loss.new_ones(1)])
         z = z.flatten(-3)
         ctx.gating = gating
@@ -143,7 +143,9 @@ class _Gated(torch.autograd.Function):
         to_logits = pull - gates * pull.sum(-1, keepdim=True)
         if gating.balance is not None:
             lean = probabilities * use
-            to_logits += (lean - probabilities * lean.sum(-1, keepdim=True)) * (share * (gating.balance * gating.n))
+            to_logits += (lean - probabilities * lean.sum(-1, keepdim=True)) * (
+                share * (gating.balance * gating.n * gating.k)
+            )
         to_gate = [to_logits]
         if gating.noise_rows:
             to_gate.append(to_logits * noise * scale.sigmoid() if gating.noisy else torch.zeros_like(to_logits))

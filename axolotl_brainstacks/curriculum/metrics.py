@@ -31,7 +31,7 @@ def name_metrics(trainer: Trainer, tuner: BrainstacksModel, domain: str, round_n
 
 
 def gate_metrics(tuner: BrainstacksModel) -> dict[str, float]:
-    """Load balance since the last call: mean loss (1 is perfect), and the least and most used expert of any projection."""
+    """Load balance since the last call: mean loss (top_k is perfect), and the least and most used expert of any projection."""
     counters = [layer.statistics for layer in tuner.layers() if layer.statistics is not None]
     if not counters:
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.distributed import cleanup_distributed, init_distributed_state
@@ -17,7 +18,7 @@ from axolotl_brainstacks.plugin import BrainstacksPlugin
 from axolotl_brainstacks.report import PAGE
 from axolotl_brainstacks.routing import report
 from axolotl_brainstacks.routing.data import load_samples, split
-from axolotl_brainstacks.routing.make import EVALUATION, make_router
+from axolotl_brainstacks.routing.make import EVALUATION, made_before, make_router, origin
 from axolotl_brainstacks.routing.measure import Meter
 from axolotl_brainstacks.routing.router import routable_domains
 
@@ -42,6 +43,10 @@ def run(config: str) -> None:
     domains = checked_domains(library, plan.block)
     samples = load_samples(plan, library, domains)
     split(samples, plan.block.router)
+    evaluation = on_main(lambda: made_before(library, origin(library, samples, plan.block.router)))
+    if evaluation is not None:
+        _show(library, evaluation, "nothing has changed since it was made")
+        return
     model, _, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     meter = Meter(model, tuner(model), domains, library.manifest.stacks, cfg.eval_batch_size or cfg.micro_batch_size)
     with ExitStack() as stack:
@@ -51,9 +56,13 @@ def run(config: str) -> None:
 
         on_main(lock)
         evaluation = make_router(library, meter, samples, plan.block.router)
+    _show(library, evaluation, "saved")
+
+
+def _show(library: Library, evaluation: dict[str, Any], state: str) -> None:
     if is_main():
         report.show(evaluation, Console())
-        print(f"The router of {library.path} is saved; figures in {EVALUATION} and {PAGE}")
+        print(f"The router of {library.path}: {state}; figures in {EVALUATION} and {PAGE}")
 
 
 def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.distributed import on_main
+from axolotl_brainstacks.library import WEIGHTS as STACK_WEIGHTS
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.report import ROUTER_CHART, write_report
 from axolotl_brainstacks.routing.data import MIXED, Part, Sample, joined, keep_rows, split
@@ -31,12 +34,31 @@ LOG = logging.getLogger(__name__)
 EVALUATION = "router/evaluation.json"
 
 
+def origin(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str:
+    """A digest of all that a router follows from: the stacks, the prompts, the settings."""
+    stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.stacks]
+    prompts = [[row_key(sample.row), sample.source, *sample.labels] for sample in samples]
+    content = json.dumps([stacks, prompts, args.model_dump(mode="json")])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def made_before(library: Library, origin: str) -> dict[str, Any] | None:
+    """The evaluation of the library's router if it is whole and has this origin."""
+    try:
+        Router.load(library)
+        evaluation = json.loads((library.path / EVALUATION).read_text())
+    except (ValueError, OSError):
+        return None
+    return evaluation if evaluation.get("origin") == origin else None
+
+
 def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args: RouterArgs) -> dict[str, Any]:
     """Discover, fit, evaluate and save; on every rank, while the main one is writing the library.
 
     Returns:
         The content of `router/evaluation.json`.
     """
+    made_from = origin(library, samples, args)
     parts = split(samples, args)
     unseen = [sample for sample, part in zip(samples, parts, strict=True) if part == "test"]
     pairs = [] if args.mixed_datasets else joined(unseen, args.mixed_pairs, args.seed)
@@ -80,6 +102,7 @@ def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args:
         "prompts": dict(Counter(parts)),
         "forwards": meter.forwards,
         "settings": args.model_dump(mode="json"),
+        "origin": made_from,
     }
     evaluation = summary(judged, discovered, meter.domains) | context
 

@@ -1,0 +1,44 @@
+"""The report page of a library."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+from click.testing import CliRunner
+from routed import new_library, tiny_base
+
+from axolotl_brainstacks import cli
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.report import FORGETTING, FORGETTING_CHART, PAGE, ROUNDS_CHART, SAMPLES
+
+
+def written(library: Library) -> str:
+    result = CliRunner().invoke(cli.library, [str(library.path), "report"])
+    assert result.exit_code == 0, result.output
+    assert result.output.strip() == str(library.path / PAGE)
+    return (library.path / PAGE).read_text()
+
+
+def test_the_page_holds_every_round_answer_and_picture(tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", tiny_base(), ["chat", "math"], stacks=2)
+    answer = {"domain": "math", "round": 2, "prompt": "1 < 2?", "answer": "<script>", "reference": "yes & no"}
+    rows = [
+        {"after": "chat", "own_stacks": {"chat": 1.5}, "all_stacks": {"chat": 1.5}},
+        {"after": "math", "own_stacks": {"chat": 1.5, "math": 0.7}, "all_stacks": {"chat": 1.9, "math": 0.7}},
+    ]
+    with library.writing():
+        library.write_file(FORGETTING, json.dumps(rows).encode())
+        library.write_file(SAMPLES, json.dumps(answer).encode())
+    page = written(library)
+    assert page.count("<td>chat") == 2 and page.count("<td>math") == 3
+    assert "&lt;script&gt;" in page and "<script>" not in page and "yes &amp; no" in page
+    pictures = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    assert pictures == [(library.path / file).read_bytes() for file in (ROUNDS_CHART, FORGETTING_CHART)]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert library.verify() == []
+
+
+def test_a_library_without_records_has_a_page_too(tmp_path: Path) -> None:
+    page = written(new_library(tmp_path / "library", tiny_base(), []))
+    assert "0 domains, 0 frozen stacks" in page and "base64" not in page
