@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -45,6 +49,39 @@ def gather_objects[T](value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def check_same(what: str, seen: str, mend: str) -> None:
+    """Raises ValueError on every rank unless all ranks, on whatever machines, have `seen` the same."""
+    found = gather_objects((socket.gethostname(), seen))
+    for rank, (host, other) in enumerate(found):
+        if other != found[0][1]:
+            raise ValueError(
+                f"{what} is not the same for all processes: {found[0][1]} for rank 0 on {found[0][0]}, {other} for rank "
+                f"{rank} on {host}; {mend}"
+            )
+
+
+def shared_by_all(folder: Path) -> bool:
+    """Whether all ranks see what the main process writes into `folder`: one machine, or a shared file system."""
+    if world()[1] == 1:
+        return True
+
+    def leave_mark() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(mkdtemp(prefix=".seen-", dir=folder)).name
+
+    mark = on_main(leave_mark)
+    seen = all(gather_objects((folder / mark).exists()))
+    on_main((folder / mark).rmdir)
+    return seen
+
+
+def on_each_node(action: Callable[[], object]) -> None:
+    """Run `action` in one process of each machine, and let all go on when it is done."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        action()
+    barrier()
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(tensor)
@@ -56,10 +93,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether DeepSpeed ZeRO-3 keeps any of them in shards."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
 @contextmanager
 def gathered(parameters: Sequence[Tensor], write: bool = False) -> Iterator[None]:
     """Whole parameters where DeepSpeed ZeRO-3 keeps them in shards; with `write`, changes of rank 0 are spread."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if not sharded(parameters):
         yield
         return
     import deepspeed

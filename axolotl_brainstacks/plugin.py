@@ -58,6 +58,9 @@ class BrainstacksPlugin(BasePlugin):
 
         return build_adapter(model, cfg, self.plan)
 
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
+        return self.plan.training_args(cfg) if self.plan else None
+
     def get_trainer_cls(self, cfg: DictDefault) -> type[Trainer] | None:
         if self.plan is None or self.plan.inside_stage:
             return None

@@ -1,16 +1,22 @@
-"""Runs what `axolotl train` runs, each time in a fresh process, without paying for the imports each time.
+"""Runs what `axolotl train` and `brainstacks-router` run, each time in fresh processes, without importing each time.
 
-A fork server imports Axolotl once; every run is a fork of it, with its own log file, and can be killed.
+A fork server imports Axolotl once; every process of a run is a fork of it, and can be killed. What a run prints is
+appended to one log file.
 """
 
 import multiprocessing
 import os
+import socket
 import sys
+import time
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+
+Command = Literal["train", "router"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -18,34 +24,106 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def _train(config: str, log: str) -> None:
+def _run(command: Command, config: str, log: str, environment: dict[str, str]) -> None:
     # A child of the fork server would start its data loaders' workers from scratch; Axolotl's own processes fork them.
     multiprocessing.set_start_method("fork", force=True)
     with Path(log).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["axolotl"]
-    from axolotl.cli.train import do_cli
+    os.environ |= environment
+    if environment:
+        os.chdir(environment["PWD"])
+        import launch_cpu  # noqa: F401
+    if command == "train":
+        from axolotl.cli.train import do_cli
 
-    do_cli(config)
+        do_cli(config)
+    else:
+        from axolotl_brainstacks.routing.command import run
+
+        run(config)
 
 
-def start_train(config: dict[str, Any], folder: Path) -> ForkServerProcess:
-    """Start training `config`; what it prints is appended to `folder/train.log`."""
+def write_config(config: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    process = _CONTEXT.Process(target=_train, args=(str(path), str(folder / "train.log")))
-    process.start()
-    return process
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _start(
+    command: Command, config: dict[str, Any], folder: Path, environments: Sequence[dict[str, str]]
+) -> list[ForkServerProcess]:
+    path = write_config(config, folder)
+    processes = [
+        _CONTEXT.Process(target=_run, args=(command, str(path), str(folder / "train.log"), environment))
+        for environment in environments
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def start_train(config: dict[str, Any], folder: Path, command: Command = "train") -> ForkServerProcess:
+    """Start training `config` in one process; what it prints is appended to `folder/train.log`."""
+    return _start(command, config, folder, [{}])[0]
+
+
+def start_ranks(
+    config: dict[str, Any], folder: Path, nodes: Sequence[Path] = (), command: Command = "train"
+) -> list[ForkServerProcess]:
+    """`start_train` with two processes, as a launcher starts them.
+
+    Args:
+        nodes: two working folders; each process is then the only one of a node, and works there.
+    """
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1" if nodes else "2", "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if "deepspeed" in config:
+        shared["DS_ACCELERATOR"] = "cpu"
+    ranks = [
+        {"RANK": str(rank), "LOCAL_RANK": "0" if nodes else str(rank), "PWD": str(nodes[rank] if nodes else folder)}
+        for rank in range(2)
+    ]
+    return _start(command, config, folder, [shared | rank for rank in ranks])
+
+
+def wait_for(processes: Sequence[ForkServerProcess], folder: Path, text: str) -> Path:
+    """Wait until `text` is in the log, which is returned; fails if a process ends before."""
+    log = folder / "train.log"
+    while not (log.exists() and text in log.read_text()):
+        assert all(process.is_alive() for process in processes), log.read_text()[-6000:]
+        time.sleep(0.05)
+    return log
+
+
+def finish(processes: Sequence[ForkServerProcess], folder: Path, expect: int = 0, timeout: float = 600) -> str:
+    """Wait for all to end and return the log; fails unless every exit status is `expect`."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    log = (folder / "train.log").read_text()
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    statuses = [process.exitcode for process in processes]
+    assert statuses == [expect] * len(processes), f"exit statuses {statuses}\n{log[-6000:]}"
+    return log
 
 
 def train(config: dict[str, Any], folder: Path, expect: int = 0, timeout: float = 600) -> str:
-    """Train to the end and return the log; fails unless the exit status is `expect`."""
-    process = start_train(config, folder)
-    process.join(timeout)
-    log = (folder / "train.log").read_text()
-    if process.is_alive():
-        process.kill()
-    assert process.exitcode == expect, f"exit status {process.exitcode}\n{log[-6000:]}"
-    return log
+    """Train to the end in one process and return the log; fails unless the exit status is `expect`."""
+    return finish([start_train(config, folder)], folder, expect, timeout)
+
+
+def train_ranks(config: dict[str, Any], folder: Path, nodes: Sequence[Path] = (), expect: int = 0) -> str:
+    """Train to the end with two processes and return the log; fails unless both exit statuses are `expect`."""
+    return finish(start_ranks(config, folder, nodes), folder, expect)

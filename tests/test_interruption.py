@@ -11,7 +11,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from processes import start_train, train
+from agreement import with_engine
+from processes import start_ranks, start_train, train, train_ranks, wait_for
 from test_curriculum import curriculum_config
 
 from axolotl_brainstacks.library import Library
@@ -75,12 +76,9 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
     config, library, _ = undisturbed
     config = config | {"output_dir": str(tmp_path / "out"), "save_steps": 1000}
     process = start_train(config, tmp_path)
-    log = tmp_path / "train.log"
-    while not (log.exists() and "round1/loss" in log.read_text()):
-        assert process.is_alive(), log.read_text()[-3000:]
-        time.sleep(0.05)
-    assert process.pid is not None
-    os.kill(process.pid, number)
+    log = wait_for([process], tmp_path, "round1/loss")
+    for _ in range(2):  # as from a scheduler and a launcher
+        os.kill(process.pid or 0, number)
     process.join(60)
     assert process.exitcode == 128 + number
     assert len(list((tmp_path / "out").glob("stages/chat-1/checkpoint-*/brainstacks_guard.json"))) == 1
@@ -88,3 +86,38 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
     train(config, tmp_path)
     assert "Resuming chat, round 1" in log.read_text()
     assert contents(tmp_path / "out" / "library") == contents(library)
+
+
+@pytest.fixture
+def two_ranks(undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path) -> dict[str, Any]:
+    config = undisturbed[0] | {"micro_batch_size": 1, "save_steps": 1000, "output_dir": str(tmp_path / "out")}
+    return with_engine(config, "zero2", tmp_path)
+
+
+def test_a_signal_to_one_rank_after_the_other_stops_both_at_one_step(two_ranks: dict[str, Any], tmp_path: Path) -> None:
+    processes = start_ranks(two_ranks, tmp_path)
+    log = wait_for(processes, tmp_path, "round1/loss")
+    for process in processes:
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(0.2)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [128 + signal.SIGINT] * 2
+    (checkpoint,) = (tmp_path / "out").glob("stages/chat-1/checkpoint-*")
+    assert (checkpoint / "brainstacks_guard.json").exists()
+    assert len(list(checkpoint.glob("global_step*/*optim_states.pt"))) == 2
+    assert Library.open(tmp_path / "out" / "library").verify() == []
+    train_ranks(two_ranks, tmp_path)
+    assert "Resuming chat, round 1" in log.read_text()
+    assert Library.open(tmp_path / "out" / "library").verify() == []
+
+
+def test_a_killed_rank_ends_the_other_one_with_an_error(two_ranks: dict[str, Any], tmp_path: Path) -> None:
+    processes = start_ranks(two_ranks, tmp_path)
+    log = wait_for(processes, tmp_path, "round1/loss")
+    processes[1].kill()
+    processes[0].join(60)
+    assert processes[0].exitcode == 1
+    assert "Connection closed by peer" in log.read_text()
+    with Library.open(tmp_path / "out" / "library").writing() as library:
+        assert library.verify() == []

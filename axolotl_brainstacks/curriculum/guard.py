@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from axolotl_brainstacks.adapter.model import BrainstacksModel
 from axolotl_brainstacks.args import BoostingArgs
-from axolotl_brainstacks.distributed import gathered, is_main
+from axolotl_brainstacks.distributed import barrier, gather_objects, gathered
 
 LOG = get_logger(__name__)
 
@@ -64,7 +64,8 @@ class Guard(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Complete the checkpoint; the state file comes last, and without it the checkpoint does not count."""
-        if not is_main():
+        barrier()  # what the other ranks write of it is there
+        if not args.should_save:
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.best is not None:
@@ -110,6 +111,7 @@ class Guard(TrainerCallback):
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest checkpoint that was written to its end, wherever ranks keep their parts of it, or None."""
+    mine = {int(path.parent.name.rpartition("-")[2]) for path in folder.glob(f"checkpoint-*/{STATE_FILE}")}
+    complete = set.intersection(*gather_objects(mine))
+    return folder / f"checkpoint-{max(complete)}" if complete else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.distributed import init_distributed_state
 from axolotl.utils.logging import get_logger
 
 from axolotl_brainstacks.adapter.model import PROJECTIONS
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid
+from axolotl_brainstacks.distributed import check_same, on_main, shared_by_all
+from axolotl_brainstacks.evaluation import pack_rows
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.manifest import MANIFEST
+from axolotl_brainstacks.storage import record_of
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -54,6 +58,7 @@ class Plan:
     library_path: Path
     inference: bool
     inside_stage: bool = False
+    output_shared: bool = True
     stages: list[DomainStage] = field(default_factory=list)
 
     @classmethod
@@ -101,13 +106,14 @@ class Plan:
         """Validate every stage and load its data; the data of the first one still to be trained.
 
         Raises:
-            ValueError: if any domain's config or data is unusable.
+            ValueError: if any domain's config or data is unusable, or nodes do not have the same library or data.
             SystemExit: with status 0 when the library holds all domains already.
         """
         from axolotl.common.datasets import TrainDatasetMeta
 
         from axolotl_brainstacks.curriculum.stages import load_domains
 
+        init_distributed_state()
         done = self._done_domains()
         todo = [domain for domain in self.block.curriculum if domain.name not in done]
         if not todo:
@@ -115,23 +121,30 @@ class Plan:
             print(f"Brainstacks: nothing to do, {self.library_path} holds all domains already: {names}")
             raise SystemExit(0)
         self.stages = load_domains(self.raw, todo, self.block)
+        for stage in self.stages:
+            check_same(
+                f"The data of domain `{stage.name}`",
+                f"{len(stage.train_dataset)} rows, validation {record_of(pack_rows(stage.rows)).sha256[:12]}",
+                "give all nodes the same files",
+            )
+        self.output_shared = shared_by_all(Path(self.raw["output_dir"]))
         first = self.stages[0]
         return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
 
     def _done_domains(self) -> set[str]:
-        """The domains that the library holds already. Raises ValueError if it is damaged or being written."""
-        if not Library.exists(self.library_path):
+        """The domains that the library holds already. Raises ValueError if it is damaged, being written, or not the same
+        for every process."""
+        on_main(self._check_library)
+        manifest = self.library_path / MANIFEST
+        seen = f"manifest {record_of(manifest.read_bytes()).sha256[:12]}" if manifest.is_file() else "nothing there"
+        check_same(
+            f"The library {self.library_path}",
+            seen,
+            "put it on a file system that all nodes share, or copy it from the first node to the others",
+        )
+        if not manifest.is_file():
             return set()
         library = Library.open(self.library_path)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            # In this order: entering removes what a killed writer left behind, which is no damage.
-            with library.writing():
-                problems = library.verify()
-            if problems:
-                raise ValueError(
-                    f"The library is damaged: {problems[0]}; restore the file from a copy, or remove its domain with "
-                    f"`axolotl brainstacks-library {self.library_path} remove DOMAIN` and train it again"
-                )
         done = {entry.name for entry in library.manifest.domains if entry.done}
         if self.block.domain in done:
             raise ValueError(
@@ -140,6 +153,23 @@ class Plan:
                 f"{self.block.domain}`"
             )
         return done
+
+    def _check_library(self) -> None:
+        if not Library.exists(self.library_path):
+            return
+        # In this order: entering removes what a killed writer left behind, which is no damage.
+        with Library.open(self.library_path).writing() as library:
+            problems = library.verify()
+        if problems:
+            raise ValueError(
+                f"The library is damaged: {problems[0]}; restore the file from a copy, or remove its domain with "
+                f"`axolotl brainstacks-library {self.library_path} remove DOMAIN` and train it again"
+            )
+
+    def training_args(self, cfg: DictDefault) -> dict[str, Any]:
+        """What Axolotl's builders do not pass on to a stage's trainer by themselves."""
+        engine = {"deepspeed": cfg.deepspeed} if cfg.rl and cfg.deepspeed else {}
+        return engine | {"save_on_each_node": not self.output_shared}
 
     @contextmanager
     def stage(self, cfg: DictDefault) -> Iterator[None]:

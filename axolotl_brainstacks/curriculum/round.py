@@ -21,7 +21,7 @@ from axolotl_brainstacks.curriculum.engine import describe, release
 from axolotl_brainstacks.curriculum.guard import Guard, last_complete_checkpoint
 from axolotl_brainstacks.curriculum.metrics import name_metrics
 from axolotl_brainstacks.curriculum.stages import DomainStage
-from axolotl_brainstacks.distributed import on_main
+from axolotl_brainstacks.distributed import on_each_node, on_main
 from axolotl_brainstacks.library import RoundRecord
 from axolotl_brainstacks.nullspace import leakage
 
@@ -49,7 +49,7 @@ class Round(TrainerCallback):
             set_seed(cfg.seed)
             guard = Guard(self.tuner, TRAINED, self.runner.plan.block.boosting)
             trainer = self.trainer = self._trainer(cfg, guard)
-            checkpoint = on_main(lambda: last_complete_checkpoint(Path(cfg.output_dir)))
+            checkpoint = last_complete_checkpoint(Path(cfg.output_dir))
             if checkpoint is not None:
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
                 guard.resume(checkpoint)
@@ -63,7 +63,7 @@ class Round(TrainerCallback):
                 self.runner.finish_domain(self.stage)
             release(trainer)
             del self.trainer, trainer
-        on_main(lambda: shutil.rmtree(cfg.output_dir, ignore_errors=True))
+        on_each_node(lambda: shutil.rmtree(cfg.output_dir, ignore_errors=True))
         return record
 
     def _config(self) -> DictDefault:

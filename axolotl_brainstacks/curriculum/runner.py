@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_brainstacks.adapter.model import library_config
 from axolotl_brainstacks.calibration import merge_columns
 from axolotl_brainstacks.curriculum.build import TRAINED, relative_library, tuner
+from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.curriculum.forgetting import Measured, forgetting_row
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.round import Round
 from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.curriculum.stages import DomainStage
-from axolotl_brainstacks.distributed import on_main
+from axolotl_brainstacks.distributed import on_each_node, on_main
 from axolotl_brainstacks.evaluation import Row, answer, mean_loss, pack_rows, unpack_rows
 from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
 from axolotl_brainstacks.report import FORGETTING, SAMPLES, write_report
@@ -46,7 +47,7 @@ class CurriculumRunner:
             for number, stage in enumerate(self.plan.stages, start=1):
                 LOG.info("Domain %s (%d of %d)", stage.name, number, len(self.plan.stages))
                 self._train_domain(stage)
-            on_main(self._finish)
+            on_each_node(lambda: shutil.rmtree(self.output_dir / "stages", ignore_errors=True))
         self._become_a_reference()
 
     def _open(self, base: BaseModelInfo, stack: ExitStack) -> None:
@@ -62,7 +63,9 @@ class CurriculumRunner:
         entry = on_main(lambda: self._entry(stage.name))
         rounds = list(entry.rounds) if entry else []
         if self.is_over(rounds):
-            self.finish_domain(stage)
+            # Its last run ended between the last round's record and what closes the domain.
+            with forwards(self.model, stage.cfg.deepspeed):
+                self.finish_domain(stage)
         while not self.is_over(rounds):
             rounds.append(Round(self, stage, len(rounds) + 1).train())
 
@@ -214,9 +217,6 @@ class CurriculumRunner:
         self.library.write_file(relative, "".join(json.dumps(line) + "\n" for line in [*kept, *lines]).encode())
 
     # The end
-
-    def _finish(self) -> None:
-        shutil.rmtree(self.output_dir / "stages", ignore_errors=True)
 
     def _become_a_reference(self) -> None:
         """Drop the fresh stack: what Axolotl saves into output_dir is a PEFT folder that points at the library."""

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_brainstacks.distributed import sum_over_ranks, world
+from axolotl_brainstacks.distributed import gather_objects, world
 
 LOG = get_logger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds. A cluster's scheduler and the launcher both pass a signal on; that is not a user who has lost patience.
+_SAME_WISH = 2.0
 
 
 class Interruption(TrainerCallback):
-    """Remembers a signal until the step ends. A second one ends the process at once, which costs only that step."""
+    """Remembers a signal until the step ends. A later one ends the process at once, which costs only that step."""
 
     def __init__(self) -> None:
         self.received = 0
+        self._time = math.inf
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -35,19 +41,26 @@ class Interruption(TrainerCallback):
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        LOG.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if now > self._time + _SAME_WISH:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._time = min(self._time, now)
+        if not self.received:
+            LOG.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+            self.received = number
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if world()[1] > 1:
             # A launcher signals its processes one after another; they have to stop at the same step.
             votes = torch.tensor([self.received], device=args.device)
-            self.received = int(sum_over_ranks(votes).clamp(max=int(max(_SIGNALS))))
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+            self.received = int(votes)
         if self.received:
             control.should_save = control.should_training_stop = True
 
     def leave_if_received(self) -> None:
-        """Raises SystemExit with a shell's status for the signal."""
+        """Raises SystemExit on every rank, with a shell's status for the signal that any of them received."""
+        self.received = max(gather_objects(self.received))
         if self.received:
             raise SystemExit(128 + self.received)
