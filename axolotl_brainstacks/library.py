@@ -7,6 +7,7 @@ removes it.
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.manifest import (
     MANIFEST,
+    STACK_PATTERN,
     BaseModelInfo,
     DomainEntry,
     FileRecord,
@@ -41,8 +43,12 @@ from axolotl_brainstacks.storage import (
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 STAGE = ".tmp"
-# Folders in which every file is listed in the manifest.
-OWNED = ("stacks", "nullspace", "validation")
+# Folders in which every file is listed in the manifest, and what we call what we put there.
+OWNED = {
+    "stacks": re.compile(STACK_PATTERN),
+    "nullspace": re.compile(r"[a-z][a-z0-9_]{0,31}-[0-9a-f]{12}\.safetensors"),
+    "validation": re.compile(r"[a-z][a-z0-9_]{0,31}\.safetensors"),
+}
 
 
 class Library:
@@ -233,7 +239,7 @@ class Library:
         problems = [p for file, record in listed.items() if (p := problem_of(self.path / file, record))]
         for path in sorted(p for folder in OWNED for p in (self.path / folder).rglob("*")):
             if path.is_file() and path.relative_to(self.path).as_posix() not in listed:
-                problems.append(f"{path} is unknown to {MANIFEST}")
+                problems.append(f"{path} is unknown to {MANIFEST}: move it out of the library")
         root = self.path / CONFIG
         try:
             if root.exists():
@@ -311,10 +317,10 @@ class Library:
             sync_folder(self.path / folder)
 
     def _sweep(self) -> None:
-        """Read the manifest again and remove what it does not list."""
+        """Read the manifest again and remove what a killed writer left: ours by its name, and not listed."""
         self.manifest = Manifest.read(self.path)
         listed = {PurePosixPath(file).parts[:2] for file in self.manifest.files}
-        found = (p for folder in OWNED for p in (self.path / folder).glob("*"))
+        found = (p for folder, name in OWNED.items() for p in (self.path / folder).glob("*") if name.fullmatch(p.name))
         unlisted = [p for p in found if (p.parent.name, p.name) not in listed]
         for path in [*unlisted, self.path / STAGE]:
             if path.is_dir() and not path.is_symlink():

@@ -127,7 +127,7 @@ def without_data(config: dict[str, Any]) -> None:
         (block(domains=[]), r"brainstacks: give either `domains:` .* or `domain:`"),
         (without_data, r"`datasets:` is missing in domain `math` of brainstacks\.domains"),
         (top(lora_r=0), r"`lora_r` is 0; a stack needs a rank of at least 1"),
-        (top(lora_r="16x"), r"`lora_r` is 16x; a stack needs a rank of at least 1"),
+        (top(lora_r="16x"), r"`lora_r` is '16x'; a stack needs a rank of at least 1"),
         (top(rl="dpo"), r"`rl` cannot be used .* put `rl:` into the entry of the domain"),
         (top(adapter="lora"), r"`brainstacks:` is set but `adapter:` is lora; write `adapter: brainstacks`"),
         (top(brainstacks=None), r"`adapter: brainstacks` needs a `brainstacks:` block"),

@@ -249,14 +249,18 @@ def test_without_verify_a_truncated_file_is_still_named(library: Library) -> Non
         library.stack_tensors("s001_chat", verify=False)
 
 
-def test_unknown_files_are_reported_then_swept(library: Library) -> None:
+def test_leftovers_of_a_killed_writer_are_swept_and_files_of_the_user_are_not(library: Library) -> None:
     stray = library.path / "stacks" / "s009_ghost" / "adapter_model.safetensors"
-    for path in (stray, library.path / "nullspace" / "old.safetensors", library.path / ".tmp" / "s003_code" / "part"):
+    notes = library.path / "nullspace" / "old.safetensors"
+    for path in (stray, notes, library.path / ".tmp" / "s003_code" / "part"):
         path.parent.mkdir(parents=True)
         path.write_bytes(os.urandom(10))
     assert len(library.verify()) == 2 and f"{stray} is unknown" in library.verify()[1]
     with library.writing():
         assert not stray.parent.exists() and not (library.path / ".tmp").exists()
+    (problem,) = library.verify()
+    assert f"{notes} is unknown to manifest.json: move it out of the library" in problem
+    notes.unlink()
     assert library.verify() == [] and len(library.manifest.stacks) == 2
 
 

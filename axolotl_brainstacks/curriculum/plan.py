@@ -79,13 +79,13 @@ class Plan:
         block = BrainstacksBlock.parse(_plain(cfg["brainstacks"]))
         _fill_defaults(cfg)
         if not isinstance(cfg["lora_r"], int) or cfg["lora_r"] < 1:
-            raise ValueError(f"`lora_r` is {cfg['lora_r']}; a stack needs a rank of at least 1 (the paper uses 16)")
+            raise ValueError(f"`lora_r` is {cfg['lora_r']!r}; a stack needs a rank of at least 1, a whole number")
         for domain in block.curriculum:
             check_overlay(domain)
             if not domain.overlay.get("datasets") and not cfg.get("datasets"):
                 where = f"domain `{domain.name}` of brainstacks.domains" if block.domains else "the top level"
                 raise ValueError(f"`datasets:` is missing in {where}; without data there is nothing to learn")
-        library_path = Path(block.library or Path(cfg.get("output_dir") or "./model-out") / "library")
+        library_path = Path(block.library or Path(cfg.get("output_dir") or "./model-out") / "library").expanduser()
         plan = cls(_plain(cfg), block, library_path, bool(cfg.get("inference")))
         plan._disguise(cfg)
         return plan

@@ -65,7 +65,7 @@ def _load(name: str, cfg: DictDefault, block: BrainstacksBlock) -> DomainStage:
     try:
         meta = load(cfg=cfg, cli_args=TrainerCliArgs())
     except Exception as error:
-        paths = ", ".join(dataset.path for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])])
+        paths = ", ".join(str(dataset.path) for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])])
         raise ValueError(
             f"The datasets of domain `{name}` ({paths}) cannot be loaded: {error!r}; check that each is there and has rows "
             "of its `type:`"

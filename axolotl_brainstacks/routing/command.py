@@ -12,6 +12,7 @@ from rich.console import Console
 
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.build import tuner
+from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.distributed import is_main, on_main
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.plugin import BrainstacksPlugin
@@ -50,6 +51,7 @@ def run(config: str) -> None:
     model, _, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     meter = Meter(model, tuner(model), domains, library.manifest.stacks, cfg.eval_batch_size or cfg.micro_batch_size)
     with ExitStack() as stack:
+        stack.enter_context(forwards(model, cfg.deepspeed))
 
         def lock() -> None:
             stack.enter_context(library.writing())
