@@ -1,0 +1,130 @@
+"""Time per token of a routed answer, 2 domains x 2 stacks, against the base model; and how it grows with stacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from frozen_stacks import line
+from libraries import load, new_library
+from measure import Result, alternate, compare, folder, main, repeats, synchronise
+from models import random_ids, smollm2, tuner_of
+from transformers.generation.streamers import BaseStreamer
+
+from axolotl_brainstacks.args import RouterArgs
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.routing.router import Router, RouterConfig
+
+DOMAINS = ["chat", "code", "math", "medical"]
+PROMPT, ANSWER = 64, 48
+COUNTS = (0, 1, 2, 4, 6, 8)
+SHORT_COUNTS = (0, 1, 4, 8)
+
+
+class Clock(BaseStreamer):
+    """Notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        synchronise()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+    def per_token(self) -> float:
+        """Median seconds from token to token; the prompt itself is put first."""
+        return median(after - before for before, after in zip(self.times[1:], self.times[2:], strict=False))
+
+
+def run(short: bool) -> Result:
+    base = smollm2().eval()
+    ids = random_ids(base, 1, PROMPT)
+    counts = SHORT_COUNTS if short else COUNTS
+    per_token: dict[str, list[float]] = {}
+
+    def answer(name: str, model: Any, **settings: Any) -> Callable[[], None]:
+        per_token[name] = []
+
+        def generate() -> None:
+            clock = Clock()
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=ANSWER,
+                max_new_tokens=ANSWER,
+                streamer=clock,
+                **settings,
+            )
+            per_token[name].append(clock.per_token())
+
+        return generate
+
+    with TemporaryDirectory() as path:
+        library = new_library(Path(path) / "library", base, DOMAINS, 2)
+        with_router(library, base.config.hidden_size)
+        model = load(library, base)
+        tuner = tuner_of(model)
+        stacks = [stack.name for stack in tuner.stacks]
+        tuner.use_stacks(None)  # all are in memory from here on
+        runs = {"base": answer("base", base), "routed": answer("routed", model, domains={"chat": 1.0, "code": 0.8})}
+        runs |= {f"{count} stacks": answer(f"{count} stacks", model) for count in counts}
+
+        def prepare(name: str) -> None:
+            if name.endswith("stacks"):
+                count = int(name.split()[0])
+                tuner.use_stacks(stacks[:count], torch.full((1, count), 0.9))
+
+        whole = alternate(runs, repeats(short), prepare)
+        routing = alternate({"router": lambda: model.route(ids)}, repeats(short))["router"]
+    per_token = {name: values[1:] for name, values in per_token.items()}  # without the warm-up
+    growth = {str(count): median(per_token[f"{count} stacks"]) for count in counts}
+    chart(growth, median(per_token["base"]), folder(short) / "decode.png")
+    return Result(
+        [
+            compare(
+                "decode, a token, 2 domains x 2 stacks",
+                "base model without PEFT",
+                per_token["routed"],
+                per_token["base"],
+                reach=1.25,
+            ),
+            compare(f"answer of {ANSWER} tokens, 2 domains x 2 stacks", "the same", whole["routed"], whole["base"]),
+            compare("decode, a token, 8 stacks", "the same", per_token["8 stacks"], per_token["base"]),
+            compare("choosing a prompt's route", "base model's token", routing, per_token["base"]),
+        ],
+        {"model": "SmolLM2-135M shapes", "prompt": PROMPT, "answer": ANSWER, "rows": 1, "counts": counts},
+        {"per_token": per_token, "answer": whole, "routing": routing, "fit": line(growth)},
+    )
+
+
+def with_router(library: Library, features: int) -> None:
+    """A router of the usual size that has learned nothing."""
+    args = RouterArgs()
+    config = RouterConfig(domains=DOMAINS, features=features, width=args.width, dropout=args.dropout, gate=args.gate())
+    Router.fresh(config, seed=0).save(library)
+
+
+def chart(growth: dict[str, float], base: float, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    counts, fit = [int(count) for count in growth], line(growth)
+    axes.plot(counts, [value * 1e3 for value in growth.values()], "o", label="measured")
+    axes.plot(counts, [(fit["first"] + fit["each"] * count) * 1e3 for count in counts], "-", label="line fitted")
+    axes.axhline(base * 1e3, color="grey", linestyle="--", label="base model")
+    axes.set(xlabel="stacks that are on", ylabel="ms a token", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(run)
