@@ -53,11 +53,12 @@ def comparable_config(model: Path, folder: Path) -> dict[str, Any]:
     """A curriculum whose result depends on the global batch alone, not on who computes which part of it.
 
     In order, because one process and two shuffle differently. Answers of equally many tokens, as Axolotl averages the
-    loss over processes, not over tokens. No load-balance loss, which is not linear in the tokens of a micro-batch. A
-    large epsilon, or Adam moves weights whose gradient is nothing but rounding as far as all others.
+    loss over processes, not over tokens. No load-balance loss, which is not linear in the tokens of a micro-batch. All
+    experts for every token, or rounding decides which one a near tie drops. A large epsilon, or Adam moves weights whose
+    gradient is nothing but rounding as far as all others.
     """
     config = curriculum_config(
-        model, folder, ["code", "math"], noisy_gate=False, balance_coef=0.0, samples={"prompts": 0},
+        model, folder, ["code", "math"], noisy_gate=False, top_k=4, balance_coef=0.0, samples={"prompts": 0},
         router={"width": 16, "epochs": 1, "mixed_pairs": 2},
     )  # fmt: skip
     return config | {

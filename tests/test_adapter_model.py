@@ -209,6 +209,22 @@ def test_the_selection_of_stacks() -> None:
     assert torch.equal(logits(model, ids), two)
 
 
+def test_every_selection_calls_the_same_modules() -> None:
+    """ZeRO-3 hangs where one rank calls a module that another, with other stacks on, does not."""
+    model = wrap(llama())
+    freeze(model, ["s001_chat", "s002_code"])
+    calls: list[torch.nn.Module] = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: calls.append(module))
+    seen = []
+    for names in ([], ["s002_code"], ["s001_chat", "s002_code"]):
+        tuner_of(model).use_stacks(names)
+        calls.clear()
+        logits(model, tokens())
+        seen.append(calls.copy())
+    assert len(seen[0]) > 20 and seen[0] == seen[1] == seen[2]
+
+
 @pytest.mark.parametrize(
     "names,weights,message",
     [

@@ -200,8 +200,11 @@ class StackBank(nn.Module):
         """The B matrices of all stacks that are on, ranks as rows: (R, out)."""
         return torch.cat([segment.weights()[1].flatten(0, 1) for segment in self._segments() if segment.active])
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` (..., out) plus the deltas for `x` (..., in) of the stacks that are on."""
+    def add_deltas(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` (..., out) plus the deltas for `x` (..., in) of the stacks that are on.
+
+        No module is called here: ZeRO-3 hangs where ranks call different ones, and one may have no stack on.
+        """
         activations = []
         for segment in self._segments():
             if not segment.active:

@@ -160,7 +160,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if self.bank.active:
-            y = self.bank(x, y)
+            y = self.bank.add_deltas(x, y)
         if not self.disable_adapters:
             for name in self.active_adapters:
                 if name in self.shapes:

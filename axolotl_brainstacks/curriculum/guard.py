@@ -68,6 +68,8 @@ class Guard(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        for saved in folder.glob("global_step*"):
+            (folder / "latest").write_text(saved.name)  # DeepSpeed writes it on the first node alone
         if self.best is not None:
             save_file(self.best, folder / WEIGHTS_FILE)
         own = {
