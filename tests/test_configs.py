@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from agreement import with_engine
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.loaders import load_tokenizer
@@ -23,7 +24,7 @@ from axolotl.utils.tee import close_debug_log
 from datasets import Dataset
 from models import run_axolotl, tiny_llama
 from peft import PeftModel
-from processes import train
+from processes import train, train_ranks
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from axolotl_brainstacks.curriculum.plan import Plan
@@ -78,6 +79,7 @@ def hub_row(path: str, rng: Random) -> tuple[dict[str, Any], tuple[str, str]]:
 def localised(config: dict[str, Any], model: Path, folder: Path) -> dict[str, dict[str, str]]:
     """Point `config` at local stand-ins, small enough for a CPU. Returns every domain's questions and their answers."""
     config |= SMALL | {"base_model": str(model), "output_dir": str(folder / "out")}
+    config.pop("deepspeed", None)
     config["dataset_prepared_path"] = str(folder / "prepared")
     block = config["brainstacks"]
     block |= {"library": str(folder / "library"), "eval_rows": 4, "samples": {"prompts": 0}}
@@ -144,6 +146,7 @@ def stand_ins(tiny_llama_dir: Path, tiny_gemma_dir: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_axolotl_accepts_every_stage(name: str, stand_ins: dict[str, Path], tmp_path: Path) -> None:
     config = example(name) | {"base_model": str(stand_ins[name]), "output_dir": str(tmp_path)}
+    config.pop("deepspeed", None)  # it would start here; the two processes below have it
     cfg, plan = load(config)
     assert cfg.adapter == ("qlora" if config.get("load_in_4bit") else "lora")
     for domain, entry in zip(plan.block.curriculum, domain_entries(config), strict=True):
@@ -178,8 +181,9 @@ def test_gemma_has_the_papers_settings() -> None:
         ("tinyllama", "<|user|>\n{}</s>\n<|assistant|>\n"),
         ("gemma", "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"),
         ("stack_onto", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"),
+        ("deepspeed", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"),
     ],
-    ids=["tinyllama", "gemma", "stack_onto"],
+    ids=["tinyllama", "gemma", "stack_onto", "deepspeed"],
 )
 def test_answers_and_nothing_else_are_learned(
     name: str, turns: str, stand_ins: dict[str, Path], tmp_path: Path
@@ -236,6 +240,25 @@ def test_one_more_domain_with_sample_packing(tiny_llama_dir: Path, tmp_path: Pat
         loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
         assert not torch.equal(loaded(tokens).logits, plain)
     assert [stack.name for stack in loaded.base_model.stacks] == names
+
+
+def test_deepspeed_with_sample_packing(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """brainstacks_deepspeed.yml on two processes: first with too few rows to pack, then with enough."""
+    config = example("deepspeed")
+    engine = Path(config["deepspeed"]).stem
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    localised(config, tiny_llama_dir, tmp_path)
+    config = with_engine(config, engine, tmp_path) | {"dataset_num_proc": 1}  # packing does not take 0
+    log = train_ranks(config, tmp_path, expect=1)
+    assert "The rows of `datasets` of domain `chat` do not fill one batch on each of 2 processes" in log
+    assert Library.open(tmp_path / "library").manifest.domains == []
+
+    log = train_ranks(config | {"micro_batch_size": 1, "sequence_len": 96}, tmp_path)
+    assert "2 processes, DeepSpeedEngine, ZeRO stage 2" in log
+    library = Library.open(tmp_path / "library")
+    assert library.verify() == []
+    assert [domain.done for domain in library.manifest.domains] == [True, True]
+    assert library.manifest.domains[0].rounds[0].steps == 2
 
 
 def test_multimodal_gemma_in_4bit(tiny_gemma_dir: Path, tmp_path: Path) -> None:

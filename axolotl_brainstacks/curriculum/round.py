@@ -87,8 +87,11 @@ class Round(TrainerCallback):
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         LOG.info("Stage %s, round %d: %s", self.stage.name, self.number, describe(self.trainer))
+        self._check_batches(len(kwargs["train_dataloader"]), len(self.trainer.get_eval_dataloader()))
         self.runner.start_domain(self.stage)
         self._set_null_space(args)
         rounds = on_main(lambda: self.runner.library.manifest.domain(self.stage.name).rounds)
@@ -98,6 +101,16 @@ class Round(TrainerCallback):
             with self.model.disable_adapter():
                 self.loss_before = self.runner.loss(self.stage.rows)
         LOG.info("%s, round %d starts at a validation loss of %.4f", self.stage.name, self.number, self.loss_before)
+
+    def _check_batches(self, train: int, evaluation: int) -> None:
+        """Raises ValueError where packing, or the number of processes, leaves no whole batch of a small dataset."""
+        for key, batches in (("datasets", train), ("test_datasets` or `val_set_size", evaluation)):
+            if not batches:
+                raise ValueError(
+                    f"The rows of `{key}` of domain `{self.stage.name}` do not fill one batch on each of "
+                    f"{self.trainer.accelerator.num_processes} processes; give more rows, or set `sample_packing` (for "
+                    "validation `eval_sample_packing`) to false"
+                )
 
     def _set_null_space(self, args: TrainingArguments) -> None:
         """Fit the domain's share of the null space before its first round; later rounds, and resumed ones, read it."""
