@@ -156,10 +156,10 @@ class BrainstacksBlock(_Strict):
                 f"brainstacks.top_k is {self.top_k} but brainstacks.num_experts is {self.num_experts}; "
                 "a token cannot use more experts than there are"
             )
-        if (self.domain is None) == (not self.domains):
+        if (self.domain is None) == (self.domains is None) or self.domains == []:
             raise ValueError(
                 "brainstacks: give either `domains:` (a curriculum) or `domain:` (one domain on the top-level datasets)"
-                + (", not both" if self.domain else "")
+                + (", not both" if self.domain is not None else "")
             )
         names = [domain.name for domain in self.curriculum]
         for name in names:
@@ -171,6 +171,23 @@ class BrainstacksBlock(_Strict):
             if names.count(name) > 1:
                 raise ValueError(f"brainstacks.domains: `{name}` is there twice; give each domain a name of its own")
         return self
+
+    @field_validator("library")
+    @classmethod
+    def _library_is_a_folder(cls, library: str | None) -> str | None:
+        if library is not None and not library.strip():
+            raise ValueError("name a folder, or leave the key out for output_dir/library")
+        return library
+
+    def check_names(self, library: Iterable[str]) -> None:
+        """Raises ValueError when the router's settings name a domain neither of the curriculum nor of `library`."""
+        known = list(dict.fromkeys([*library, *(domain.name for domain in self.curriculum)]))
+        for key, names in (("floors", list(self.router.floors)), ("soft_domains", self.router.soft_domains)):
+            for name in names:
+                if name not in known:
+                    raise ValueError(
+                        f"brainstacks.router.{key} names `{name}`, but the domains are {', '.join(known)}: correct the name"
+                    )
 
     @property
     def curriculum(self) -> list[DomainArgs]:

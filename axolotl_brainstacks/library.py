@@ -33,6 +33,7 @@ from axolotl_brainstacks.manifest import (
 from axolotl_brainstacks.storage import (
     json_to_bytes,
     load_tensors,
+    make_writable,
     problem_of,
     record_of,
     sync_folder,
@@ -75,12 +76,10 @@ class Library:
 
     @classmethod
     def create(cls, path: str | Path, base: BaseModelInfo) -> Self:
-        """Make an empty library. Raises ValueError when the folder is a library already or holds anything else."""
+        """Make an empty library. Raises ValueError when the folder is a library already, or `check_new` does."""
         folder = Path(path).absolute()
-        foreign = not folder.is_dir() or any(not child.name.startswith(".") for child in folder.iterdir())
-        if folder.exists() and foreign and not cls.exists(folder):
-            raise ValueError(f"{folder} is no library and not empty: name a new folder in brainstacks.library")
-        folder.mkdir(parents=True, exist_ok=True)
+        if not cls.exists(folder):
+            cls.check_new(folder)
         library = cls(folder, Manifest(base=base))
         with library._locked():
             if cls.exists(folder):
@@ -88,6 +87,25 @@ class Library:
             library._commit(library.manifest)
             library._sweep()
         return library
+
+    @staticmethod
+    def check_new(path: str | Path) -> None:
+        """Make the folder of a library to come, if need be. Raises ValueError when it cannot be made or written, or holds
+        anything else."""
+        folder = Path(path).absolute()
+        try:
+            make_writable(folder)
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be made or written ({error.strerror}): name another folder in brainstacks.library"
+            ) from error
+        if any((folder / "stacks").glob("s*_*")):
+            raise ValueError(
+                f"{folder / MANIFEST} is missing beside stacks: restore it from a copy, or name another folder in "
+                "brainstacks.library"
+            )
+        if any(not child.name.startswith(".") for child in folder.iterdir()):
+            raise ValueError(f"{folder} is no library and not empty: name a new folder in brainstacks.library")
 
     # Writing
 
@@ -188,9 +206,14 @@ class Library:
 
     def write_root_config(self, config: dict[str, Any]) -> None:
         """Make the library itself a folder that `PeftModel.from_pretrained(base, library)` accepts."""
-        with self._changing():
-            self._put(WEIGHTS, tensors_to_bytes({}, "the library"))
-            self._put(CONFIG, json_to_bytes(config))
+        data = {WEIGHTS: tensors_to_bytes({}, "the library"), CONFIG: json_to_bytes(config)}
+        records = {file: record_of(content) for file, content in data.items()}
+        if self.manifest.root == records and not self._problems(records):
+            return
+        with self._changing() as manifest:  # a kill before the end leaves files that nothing is expected of
+            manifest.root = {}
+        with self._changing() as manifest:
+            manifest.root = {file: self._put(file, content) for file, content in data.items()}
 
     def remove_domain(self, name: str) -> list[str]:
         """Remove a domain with its stacks and null space; the router is stale then. Returns its dependents."""
@@ -234,19 +257,23 @@ class Library:
         return self._checked(f"validation/{domain}.safetensors", record).read_bytes()
 
     def verify(self) -> list[str]:
-        """What is wrong with the library's files, one line each; empty when every file is whole and none is unknown."""
-        listed = self.manifest.files
-        problems = [p for file, record in listed.items() if (p := problem_of(self.path / file, record))]
-        for path in sorted(p for folder in OWNED for p in (self.path / folder).rglob("*")):
-            if path.is_file() and path.relative_to(self.path).as_posix() not in listed:
-                problems.append(f"{path} is unknown to {MANIFEST}: move it out of the library")
-        root = self.path / CONFIG
-        try:
-            if root.exists():
-                json.loads(root.read_bytes())
-        except ValueError as error:
-            problems.append(f"{root} is not JSON ({error})")
-        return problems
+        """What is wrong with the library's files, one line each; empty when every file is whole and none looks like
+        ours without being listed."""
+        unknown = [
+            f"{path} is unknown to {MANIFEST}: move it out of the library"
+            for folder in OWNED
+            for path in sorted((self.path / folder).rglob("*"))
+            if path.name == CONFIG or path.suffix == ".safetensors"
+            if path.relative_to(self.path).as_posix() not in self.manifest.files
+        ]
+        return self.damage() + unknown + self._problems(self.manifest.root)
+
+    def damage(self) -> list[str]:
+        """The part of `verify` that training cannot mend: the root's files it writes anew, others it leaves alone."""
+        return self._problems(self.manifest.files)
+
+    def _problems(self, files: dict[str, FileRecord]) -> list[str]:
+        return [problem for file, record in files.items() if (problem := problem_of(self.path / file, record))]
 
     # The machinery of a change
 

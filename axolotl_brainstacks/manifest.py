@@ -163,7 +163,10 @@ class RouterEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """The whole of `manifest.json`. `next_stack` only grows, so the name of a removed stack is never given again."""
+    """The whole of `manifest.json`. `next_stack` only grows, so the name of a removed stack is never given again.
+
+    `root` lists the files that make PEFT load the library as a whole; older libraries do not list them.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     base: BaseModelInfo
@@ -171,6 +174,7 @@ class Manifest(_Entry):
     domains: list[DomainEntry] = []
     router: RouterEntry | None = None
     next_stack: int = 1
+    root: dict[RelativePath, FileRecord] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

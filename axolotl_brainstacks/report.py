@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,14 @@ from axolotl_brainstacks.library import Library
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LOG = logging.getLogger(__name__)
+
 FORGETTING = "report/forgetting.json"
 SAMPLES = "report/samples.jsonl"
+_KEYS = {
+    FORGETTING: {"after", "own_stacks", "all_stacks"},
+    SAMPLES: {"domain", "round", "prompt", "answer", "reference"},
+}
 ROUNDS_CHART = "report/rounds.png"
 FORGETTING_CHART = "report/forgetting.png"
 ROUTER_CHART = "report/router.png"
@@ -61,7 +68,7 @@ def write_report(library: Library) -> None:
     charts = {}
     if any(domain.rounds for domain in library.manifest.domains):
         charts[ROUNDS_CHART] = png(_rounds(library))
-    if rows := _read_json(library, FORGETTING):
+    if rows := read_records(library, FORGETTING):
         charts[FORGETTING_CHART] = png(_forgetting(rows))
     for file, data in charts.items():
         library.write_file(file, data)
@@ -75,7 +82,7 @@ def write_report(library: Library) -> None:
     html = page.render(
         manifest=library.manifest,
         charts=[(title, base64.b64encode(path.read_bytes()).decode()) for title, path in present],
-        samples=_read_lines(library, SAMPLES),
+        samples=read_records(library, SAMPLES),
     )
     library.write_file(PAGE, html.encode())
 
@@ -131,11 +138,21 @@ def _forgetting(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _read_json(library: Library, file: str) -> Any:
-    path = library.path / file
-    return json.loads(path.read_text()) if path.exists() else None
+def read_records(library: Library, file: str) -> list[dict[str, Any]]:
+    """The records of a JSON or JSON Lines file of the report, [] if it is not there; inside `library.writing()`.
 
-
-def _read_lines(library: Library, file: str) -> list[Any]:
+    A broken one is put aside under the name `<file>.broken`: figures for reading must not stop what they describe.
+    """
     path = library.path / file
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        text = path.read_text()
+        records = [json.loads(line) for line in text.splitlines()] if file == SAMPLES else json.loads(text)
+        if not isinstance(records, list) or not all(set(record) >= _KEYS[file] for record in records):
+            raise ValueError(f"no list of records with {', '.join(sorted(_KEYS[file]))}")
+    except (ValueError, TypeError) as error:
+        aside = path.replace(path.with_name(f"{path.name}.broken"))
+        LOG.warning("%s cannot be read (%s); it is now %s, and begun anew", path, error, aside)
+        return []
+    return records

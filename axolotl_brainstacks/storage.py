@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -72,6 +73,13 @@ def write_durably(path: Path, data: bytes) -> FileRecord:
         message = f"disk full, {len(data)} bytes are needed: free some space and run the same command again"
         raise OSError(error.errno, message, str(path)) from error
     return record_of(data)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if need be, and try to write there; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".writable-"):
+        pass
 
 
 def sync_folder(path: Path) -> None:

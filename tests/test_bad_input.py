@@ -19,13 +19,17 @@ import pytest
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
+from axolotl.loaders import ModelLoader, load_tokenizer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.tee import close_debug_log
 from models import base_config, chat_dataset, run_axolotl, tiny_llama, write_rows
 from processes import train
 
+from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.library import Library
 
+# What `lora_target_linear` wrapped when the library was made.
+FROZEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -96,6 +100,10 @@ def second_domain(**keys: Any) -> Change:
     return lambda config: config["brainstacks"]["domains"][1].update(keys)
 
 
+def last_domain(**keys: Any) -> Change:
+    return lambda config: config["brainstacks"]["domains"][2].update(keys)
+
+
 def one_domain(name: str) -> Change:
     def change(config: dict[str, Any]) -> None:
         config["datasets"] = config["brainstacks"].pop("domains")[1]["datasets"]
@@ -126,14 +134,64 @@ def without_data(config: dict[str, Any]) -> None:
         (block(domain="legal"), r"brainstacks: give either `domains:` .* or `domain:` .*, not both"),
         (block(domains=[]), r"brainstacks: give either `domains:` .* or `domain:`"),
         (without_data, r"`datasets:` is missing in domain `math` of brainstacks\.domains"),
-        (top(lora_r=0), r"`lora_r` is 0; a stack needs a rank of at least 1"),
-        (top(lora_r="16x"), r"`lora_r` is '16x'; a stack needs a rank of at least 1"),
+        (block(domains=[], domain="legal"), r"brainstacks: give either `domains:` .* or `domain:` .*, not both"),
+        (block(library=""), r"`brainstacks\.library` is '': name a folder, or leave the key out"),
+        (block(router={"floors": {"chta": 0.2}}), r"router\.floors names `chta`, but the domains are chat, code, math:"),
+        (block(router={"soft_domains": ["maths"]}), r"router\.soft_domains names `maths`, but the domains are chat, code"),
+        (lambda config: config.pop("base_model"), "^`base_model` is missing; it must be a model's folder or its name"),
+        (lambda config: config.pop("learning_rate"), "^`learning_rate` is missing; it must be a number greater than 0"),
+        *(
+            (top(**{key: value}), rf"^`{key}` is {re.escape(repr(value))}; it must be {rule}")
+            for key, value, rule in (
+                ("base_model", "", "a model's folder"),
+                ("lora_r", 0, "a whole number of at least 1"),
+                ("lora_r", "16x", "a whole number of at least 1"),
+                ("lora_r", True, "a whole number of at least 1"),
+                ("lora_alpha", 0, "greater than 0"),
+                ("lora_alpha", -16, "greater than 0"),
+                ("lora_dropout", 1.0, r"in \[0, 1\)"),
+                ("lora_dropout", -0.1, r"in \[0, 1\)"),
+                ("max_steps", 0, "a whole number of at least 1; leave it out"),
+                ("learning_rate", "", "a number greater than 0"),
+                ("learning_rate", 0, "a number greater than 0"),
+                ("optimizer", "adam_torch", "an optimizer that Axolotl knows; did you mean `adamw_torch`"),
+                ("micro_batch_size", 0, "a whole number of at least 1"),
+                ("gradient_accumulation_steps", 0, "a whole number of at least 1"),
+                ("val_set_size", 1.0, "a share below 1, or a whole number of rows from 2 on"),
+            )
+        ),
+        *(
+            (last_domain(**{key: value}), rf"^`{key}` of domain `math` is {re.escape(repr(value))}; it must be ")
+            for key, value in (
+                ("max_steps", -1), ("max_steps", 2.5), ("learning_rate", -1e-4), ("optimizer", "adamw_of_mine"),
+                ("micro_batch_size", "two"), ("val_set_size", -1), ("datasets", "rows.jsonl"),
+                ("datasets", ["rows.jsonl"]), ("datasets", {"path": "rows.jsonl"}),
+                ("datasets", [{"type": "alpaca"}]), ("test_datasets", [{"path": None}]),
+            )
+        ),
+        *(
+            (last_domain(**{key: value}), rf"`{key}` of domain `math` cannot be used with `adapter: brainstacks`: ")
+            for key, value in (
+                ("merge_lora", True), ("resume_from_checkpoint", "there"), ("fsdp_config", {"version": 2}),
+                ("lora_modules_to_save", ["lm_head"]),
+            )
+        ),
+        *(
+            (last_domain(**{key: value}), rf"`{key}` of domain `math` has to be the same for all domains; move it to the top")
+            for key, value in (
+                ("lora_r", 8), ("lora_target_modules", ["q_proj"]), ("lora_fan_in_fan_out", True),
+                ("peft_use_rslora", False), ("peft_layers_to_transform", [0]), ("bnb_config_kwargs", {"a": 1}),
+                ("overrides_of_model_config", {"a": 1}), ("trust_remote_code", True), ("context_parallel_size", 2),
+                ("tensor_parallel_size", 2), ("deepspeed", "zero2.json"), ("fsdp_version", 2), ("tokenizer_type", "A"),
+            )
+        ),
         (top(rl="dpo"), r"`rl` cannot be used .* put `rl:` into the entry of the domain"),
         (top(adapter="lora"), r"`brainstacks:` is set but `adapter:` is lora; write `adapter: brainstacks`"),
         (top(brainstacks=None), r"`adapter: brainstacks` needs a `brainstacks:` block"),
         (second_domain(learing_rate=0.1), r"`learing_rate` of domain `code` is not an Axolotl key; did you mean `learni"),
         (second_domain(load_in_4bit=True), r"`load_in_4bit` of domain `code` has to be the same .* to the top level"),
-        (second_domain(learning_rate="fast"), r"domain `code` is not valid: `learning_rate` is 'fast': could not convert"),
+        (second_domain(sequence_len="long"), r"domain `code` is not valid: `sequence_len` is 'long': Input should be "),
+        (second_domain(learning_rate="fast"), r"`learning_rate` of domain `code` is 'fast'; it must be a number"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_config(config: dict[str, Any], change: Change, message: str) -> None:
@@ -179,6 +237,75 @@ def test_a_damaged_stack(config: dict[str, Any]) -> None:
     assert_refused(config, rf"{re.escape(str(path))} is altered")
     path.unlink()
     assert_refused(config, rf"{re.escape(str(path))} is missing")
+
+
+def test_a_library_without_its_manifest(config: dict[str, Any]) -> None:
+    path = Path(config["brainstacks"]["library"]) / "manifest.json"
+    path.unlink()
+    assert_refused(config, rf"{re.escape(str(path))} is missing beside stacks: restore it .* or name another folder")
+
+
+def test_a_library_where_none_can_be(config: dict[str, Any], tmp_path: Path) -> None:
+    for file in (tmp_path / "file", tmp_path / "foreign/file"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    for path, message in (
+        (tmp_path / "file", "cannot be made or written \\(File exists\\): name another folder in brainstacks.library"),
+        (tmp_path / "file/library", "cannot be made or written \\(Not a directory\\)"),
+        (Path("/proc/library"), "cannot be made or written"),
+        (tmp_path / "foreign", "is no library and not empty: name a new folder in brainstacks.library"),
+    ):
+        config["brainstacks"]["library"] = str(path)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {message}"):
+            start(config)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", ["", "runs/1", "../library"])
+def test_outputs_inside_the_library(config: dict[str, Any], inside: str) -> None:
+    config["output_dir"] = str(Path(config["brainstacks"]["library"]) / inside)
+    assert_refused(config, r"`output_dir` is .*, which is the library .* or inside it: name a folder outside")
+
+
+def test_projections_that_the_model_lacks(config: dict[str, Any]) -> None:
+    """As soon as there is a model; the names that fit do not hide the one that does not."""
+    del config["lora_target_linear"]
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    before = contents(config)
+    for targets, message in (
+        (
+            ["q_proj", "k_prj"],
+            "`lora_target_modules` names 'k_prj', but the base model has no such linear module; wrapped",
+        ),
+        (["c_attn"], "c_attn.* not found in the base model"),
+        ("q_prj", "q_prj.* not found in the base model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded(config | {"lora_target_modules": targets})
+    assert contents(config) == before
+    wrapped = {
+        layer.module_name.rpartition(".")[2] for layer in loaded(config | {"lora_target_modules": ".*(q|k)_proj"})
+    }
+    assert wrapped == {"q_proj", "k_proj"} | FROZEN
+
+
+def loaded(config: dict[str, Any]) -> list[BrainstacksLayer]:
+    cfg = load_cfg(DictDefault(config))
+    close_debug_log()
+    model, _ = ModelLoader(cfg, load_tokenizer(cfg)).load()
+    return list(model.base_model.layers())
+
+
+def test_files_of_the_user_among_the_stacks(config: dict[str, Any]) -> None:
+    library = Path(config["brainstacks"]["library"])
+    for folder in ("", "stacks", "stacks/s001_chat"):
+        (library / folder / "README.md").write_text("mine")
+    (library / "adapter_config.json").unlink()  # which every training writes anew
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    before = contents(config)
+    start(config)
+    assert contents(config) == before
 
 
 def test_a_domain_that_is_there_already(config: dict[str, Any]) -> None:

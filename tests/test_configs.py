@@ -279,3 +279,23 @@ def test_multimodal_gemma_in_4bit(tiny_gemma_dir: Path, tmp_path: Path) -> None:
     base = AutoModelForImageTextToText.from_pretrained(tiny_gemma_dir, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
     assert loaded(torch.randint(0, 500, (1, 7))).logits.isfinite().all()
+
+
+def test_preprocess_overrides_and_spaces(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """The commands as a user types them: `preprocess` trains nothing, and an option beats the file."""
+    folder = tmp_path / "my experiments"
+    folder.mkdir()
+    config = example("tinyllama")
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:1]
+    localised(config, tiny_llama_dir, folder)
+    config["brainstacks"]["domains"][0].pop("max_steps", None)
+    path = folder / "my config.yml"
+    path.write_text(yaml.safe_dump(config))
+    run_axolotl(["preprocess", path], tmp_path)
+    assert not Library.exists(folder / "library") and any((folder / "prepared").iterdir())
+    run_axolotl(["train", path, "--max-steps", "3"], tmp_path)
+    library = Library.open(folder / "library")
+    assert library.verify() == [] and [r.steps for r in library.manifest.domain("chat").rounds] == [3]
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, str(folder / "out"))
+    assert [stack.name for stack in loaded.base_model.stacks] == [stack.name for stack in library.manifest.stacks]

@@ -88,6 +88,52 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
     assert contents(tmp_path / "out" / "library") == contents(library)
 
 
+@pytest.fixture(scope="module")
+def stopped(
+    undisturbed: tuple[dict[str, Any], Path, float], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """The config of one domain, and the output_dir of a run of it that was stopped in its first round."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = undisturbed[0] | {"output_dir": str(folder / "out"), "save_steps": 1000}
+    config["brainstacks"] = config["brainstacks"] | {
+        "boosting": {"max_rounds": 1}, "samples": {"prompts": 0}, "domains": config["brainstacks"]["domains"][:1],
+    }  # fmt: skip
+    process = start_train(config, folder)
+    wait_for([process], folder, "round1/loss")
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(60)
+    assert len(list((folder / "out").glob("stages/chat-1/checkpoint-*/brainstacks_guard.json"))) == 1
+    return config, folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("top", "block", "resumes"),
+    [
+        ({"logging_steps": 2, "save_steps": 2}, {}, True),  # and all of it in another place
+        ({"lora_r": 8}, {}, False),
+        ({"learning_rate": 5e-3}, {}, False),
+        ({}, {"num_experts": 2}, False),
+        ({}, {"library": "another"}, False),
+    ],
+    ids=str,
+)
+def test_checkpoints_count_for_the_same_library_and_config(
+    stopped: tuple[dict[str, Any], Path], tmp_path: Path, top: dict[str, Any], block: dict[str, Any], resumes: bool
+) -> None:
+    config, out = stopped
+    shutil.copytree(out, tmp_path / "out")
+    if "library" in block:
+        block = {"library": str(tmp_path / "another")}
+    config = config | {"output_dir": str(tmp_path / "out")} | top
+    config["brainstacks"] = config["brainstacks"] | block
+    log = train(config, tmp_path)
+    assert ("Resuming chat, round 1" in log) == resumes
+    assert ("are of another library, config or data, and are not resumed from" in log) != resumes
+    library = Library.open(block.get("library", tmp_path / "out" / "library"))
+    assert library.verify() == [] and library.manifest.domain("chat").rounds[0].steps == 8
+    assert not (tmp_path / "out" / "stages").exists()
+
+
 @pytest.fixture
 def two_ranks(undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path) -> dict[str, Any]:
     config = undisturbed[0] | {"micro_batch_size": 1, "save_steps": 1000, "output_dir": str(tmp_path / "out")}

@@ -122,8 +122,28 @@ def test_the_root_is_a_peft_folder(library: Library) -> None:
         library.write_root_config(CONFIG)
     assert json.loads((library.path / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
     assert load_file(library.path / "adapter_model.safetensors") == {}
-    (library.path / "adapter_config.json").write_text("{")
-    assert [p for p in library.verify() if "adapter_config.json is not JSON" in p]
+    assert library.verify() == []
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damage_to_the_root_is_found_and_mended(library: Library, file: str) -> None:
+    assert library.manifest.root == {}  # as in a library of an older version
+    with library.writing():
+        library.write_root_config(CONFIG)
+    path = library.path / file
+    whole = path.read_bytes()
+    for damage, word in ((truncate, "truncated"), (alter_a_byte, "altered"), (Path.unlink, "missing")):
+        damage(path)
+        (problem,) = library.verify()
+        assert f"{path} is {word}" in problem and library.damage() == []
+        with library.writing():
+            library.write_root_config(CONFIG)
+        assert library.verify() == [] and path.read_bytes() == whole
+    manifest = (library.path / "manifest.json").stat().st_mtime_ns
+    with library.writing():
+        library.write_root_config(CONFIG)
+    assert (library.path / "manifest.json").stat().st_mtime_ns == manifest
+    assert set(Library.open(library.path).manifest.root) == {"adapter_model.safetensors", "adapter_config.json"}
 
 
 def test_removing_a_domain(library: Library) -> None:
@@ -252,6 +272,8 @@ def test_without_verify_a_truncated_file_is_still_named(library: Library) -> Non
 def test_leftovers_of_a_killed_writer_are_swept_and_files_of_the_user_are_not(library: Library) -> None:
     stray = library.path / "stacks" / "s009_ghost" / "adapter_model.safetensors"
     notes = library.path / "nullspace" / "old.safetensors"
+    readme = library.path / "stacks" / "s001_chat" / "README.md"
+    readme.write_text("mine")
     for path in (stray, notes, library.path / ".tmp" / "s003_code" / "part"):
         path.parent.mkdir(parents=True)
         path.write_bytes(os.urandom(10))
@@ -260,8 +282,9 @@ def test_leftovers_of_a_killed_writer_are_swept_and_files_of_the_user_are_not(li
         assert not stray.parent.exists() and not (library.path / ".tmp").exists()
     (problem,) = library.verify()
     assert f"{notes} is unknown to manifest.json: move it out of the library" in problem
+    assert library.damage() == []
     notes.unlink()
-    assert library.verify() == [] and len(library.manifest.stacks) == 2
+    assert library.verify() == [] and len(library.manifest.stacks) == 2 and readme.exists()
 
 
 def edited(library: Library, change: Callable[[dict], object]) -> None:

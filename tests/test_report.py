@@ -5,12 +5,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 from routed import new_library, tiny_base
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.report import FORGETTING, FORGETTING_CHART, PAGE, ROUNDS_CHART, SAMPLES
+from axolotl_brainstacks.report import FORGETTING, FORGETTING_CHART, PAGE, ROUNDS_CHART, SAMPLES, read_records
 
 
 def written(library: Library) -> str:
@@ -37,6 +38,21 @@ def test_the_page_holds_every_round_answer_and_picture(tmp_path: Path) -> None:
     assert pictures == [(library.path / file).read_bytes() for file in (ROUNDS_CHART, FORGETTING_CHART)]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert library.verify() == []
+
+
+@pytest.mark.parametrize("file", [FORGETTING, SAMPLES])
+@pytest.mark.parametrize("text", ['[{"after": "chat", "own', "{}", "7", "", "\xff", '[{"after": "chat"}]'])
+def test_broken_records_are_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, text: str) -> None:
+    library = new_library(tmp_path / "library", tiny_base(), ["chat"])
+    path = library.path / file
+    with library.writing():
+        library.write_file(file, text.encode("latin-1"))
+    assert "<td>chat" in written(library)
+    if file == SAMPLES and not text:
+        return  # no line is no record
+    assert f"{path} cannot be read" in caplog.text and f"it is now {path}.broken" in caplog.text
+    assert not path.exists() and path.with_name(f"{path.name}.broken").read_bytes() == text.encode("latin-1")
+    assert read_records(library, file) == [] and library.verify() == []
 
 
 def test_a_library_without_records_has_a_page_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.model import BrainstacksModel, attach_library
+from axolotl_brainstacks.adapter.model import PROJECTIONS, BrainstacksModel, attach_library
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.distributed import is_main
 from axolotl_brainstacks.library import Library
@@ -41,6 +42,7 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
         return peft_model, peft_model.peft_config[TRAINED]
     config = stack_config(cfg, plan)
     peft_model = get_peft_model(model, config)
+    check_targets(tuner(peft_model), config.target_modules)
     if Library.exists(plan.library_path):
         attach_library(tuner(peft_model), Library.open(plan.library_path), cfg.base_model)
     if is_main():
@@ -51,7 +53,7 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
 
 def stack_config(cfg: DictDefault, plan: Plan) -> BrainstacksConfig:
     block = plan.block
-    targets = list(cfg.lora_target_modules or [])
+    targets = cfg.lora_target_modules
     return BrainstacksConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=cfg.base_model,
@@ -68,6 +70,17 @@ def stack_config(cfg: DictDefault, plan: Plan) -> BrainstacksConfig:
         layers_to_transform=cfg.peft_layers_to_transform,
         layers_pattern=cfg.peft_layers_pattern,
     )
+
+
+def check_targets(model: BrainstacksModel, targets: Collection[str] | str | None) -> None:
+    """Raises ValueError for a named projection that the model lacks; the default's are tried on any model."""
+    wrapped = [f".{layer.module_name}" for layer in model.layers()]
+    for target in () if isinstance(targets, str) else targets or ():
+        if target not in PROJECTIONS and not any(name.endswith(f".{target}") for name in wrapped):
+            raise ValueError(
+                f"`lora_target_modules` names {target!r}, but the base model has no such linear module; wrapped are "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in wrapped}))}"
+            )
 
 
 def tuner(peft_model: PeftModel) -> BrainstacksModel:

@@ -30,8 +30,8 @@ class Guard(TrainerCallback):
     Decisions follow from losses that the trainer has gathered over all ranks, so every rank takes the same ones.
     """
 
-    def __init__(self, tuner: BrainstacksModel, adapter: str, rules: BoostingArgs) -> None:
-        self.tuner, self.adapter, self.rules = tuner, adapter, rules
+    def __init__(self, tuner: BrainstacksModel, adapter: str, rules: BoostingArgs, fingerprint: str = "") -> None:
+        self.tuner, self.adapter, self.rules, self.fingerprint = tuner, adapter, rules, fingerprint
         self.best_loss = math.inf
         self.best: dict[str, Tensor] | None = None
         self.evaluations_without_gain = 0
@@ -73,6 +73,7 @@ class Guard(TrainerCallback):
         if self.best is not None:
             save_file(self.best, folder / WEIGHTS_FILE)
         own = {
+            "fingerprint": self.fingerprint,
             "best_loss": self.best_loss,
             "evaluations_without_gain": self.evaluations_without_gain,
             "evaluated_step": self.evaluated_step,
@@ -112,8 +113,15 @@ class Guard(TrainerCallback):
         return [(name, p) for name, p in self.tuner.named_parameters() if f".{self.adapter}." in name]
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, wherever ranks keep their parts of it, or None."""
-    mine = {int(path.parent.name.rpartition("-")[2]) for path in folder.glob(f"checkpoint-*/{STATE_FILE}")}
+def last_complete_checkpoint(folder: Path, fingerprint: str) -> Path | None:
+    """The newest checkpoint of this stage that was written to its end, wherever ranks keep their parts of it, or None."""
+    states = {path: json.loads(path.read_text()) for path in folder.glob(f"checkpoint-*/{STATE_FILE}")}
+    mine = {
+        int(path.parent.name.rpartition("-")[2])
+        for path, state in states.items()
+        if state.get("fingerprint") == fingerprint
+    }
+    if len(mine) < len(states):
+        LOG.warning("Checkpoints in %s are of another library, config or data, and are not resumed from", folder)
     complete = set.intersection(*gather_objects(mine))
     return folder / f"checkpoint-{max(complete)}" if complete else None

@@ -8,34 +8,45 @@ from typing import Any
 from axolotl.integrations.config import merge_input_args
 
 from axolotl_brainstacks.args import DomainArgs, nearest
+from axolotl_brainstacks.curriculum.checks import check_refused
 
 EVALUATION = ("eval_steps", "evals_per_epoch", "eval_strategy")
 SAVING = ("save_steps", "saves_per_epoch", "save_strategy")
 # Axolotl does not allow two of a group side by side.
 _EXCLUSIVE = (EVALUATION, SAVING, ("val_set_size", "test_datasets"), ("max_steps", "num_epochs"))
 
-# The model, its precision and the engine are set up once for all stages.
+# The model, its tokenizer and precision, the adapter and the engine are set up once for all stages.
 _LOAD_TIME = {
-    *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear", "plugins"),
-    *("base_model", "base_model_config", "revision_of_model", "type_of_model", "model_type", "processor_type"),
-    *("tokenizer_config", "tokenizer_type", "special_tokens", "added_tokens_overrides", "chat_template"),
-    *("load_in_4bit", "load_in_8bit", "bf16", "fp16", "tf32", "bfloat16", "float16", "torch_compile"),
-    *("attn_implementation", "flash_attention", "sdp_attention", "xformers_attention", "flex_attention"),
-    *("sample_packing", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
-    *("deepspeed", "fsdp", "fsdp_config", "ddp", "use_ray"),
-    *("output_dir", "brainstacks", "seed"),
+    *("adapter", "base_model", "base_model_config", "brainstacks", "cls_model_config", "is_falcon_derived_model"),
+    *("is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model", "model_type", "num_labels"),
+    *("output_dir", "plugins", "reinit_weights", "revision_of_model", "rope_scaling", "seed", "trust_remote_code"),
+    *("type_of_model", "added_tokens_overrides", "chat_template", "chat_template_jinja", "embeddings_skip_upcast"),
+    *("mean_resizing_embeddings", "processor_kwargs", "processor_type", "resize_token_embeddings_to_32x"),
+    *("shrink_embeddings", "special_tokens", "tokens", "bf16", "bfloat16", "float16", "float32", "fp16", "gptq"),
+    *("load_in_4bit", "load_in_8bit", "nf4_backend", "qat", "quantization", "quantize_moe_experts", "tf32"),
+    *("activation_offloading", "attn_implementation", "eager_attention", "experts_implementation", "fused_attn_kernel"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "large_head_attention", "layer_offloading"),
+    *("sage_attention", "sample_packing", "s2_attention", "selective_checkpointing", "sdpa_varlen", "use_kernels"),
+    *("use_onebitllms", "xformers_attention", "batch_flattening", "context_parallel_size", "deepcompile", "deepspeed"),
+    *("device", "device_map", "gpu_memory_limit", "heads_k_stride", "local_rank", "low_cpu_mem_usage", "max_memory"),
+    *("ring_attn_func", "sequence_parallel_degree", "strict", "tensor_parallel_size", "use_ray", "world_size"),
 }
+_LOAD_TIME_PREFIXES = (
+    *("bnb_", "ddp", "dp_", "flash_", "flex_", "fp32_norm", "fp8", "freeze_", "fsdp", "lora_", "mixlora_"),
+    *("model_quantization", "overrides_of_", "peft", "relora", "sdp_", "tiled_mlp", "tokenizer_", "torch_compile"),
+)
 
 
 def check_overlay(domain: DomainArgs) -> None:
     """Raises ValueError for a key that Axolotl does not know (it would ignore it), or that cannot differ by domain."""
+    check_refused(domain.overlay, f" of domain `{domain.name}`")
     known = merge_input_args()[1].model_fields
     for key in domain.overlay:
         if key not in known:
             raise ValueError(
                 f"brainstacks.domains: `{key}` of domain `{domain.name}` is not an Axolotl key{nearest(key, known)}"
             )
-        if key in _LOAD_TIME:
+        if key in _LOAD_TIME or key.startswith(_LOAD_TIME_PREFIXES):
             raise ValueError(
                 f"brainstacks.domains: `{key}` of domain `{domain.name}` has to be the same for all domains; "
                 "move it to the top level"

@@ -16,9 +16,9 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_brainstacks.adapter.model import PROJECTIONS
 from axolotl_brainstacks.args import BrainstacksBlock
+from axolotl_brainstacks.curriculum.checks import check_refused, check_values
 from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid
 from axolotl_brainstacks.distributed import check_same, on_main, shared_by_all
-from axolotl_brainstacks.evaluation import pack_rows
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.manifest import MANIFEST
 from axolotl_brainstacks.storage import record_of
@@ -30,21 +30,11 @@ if TYPE_CHECKING:
 
 LOG = get_logger(__name__)
 
-_REFUSED = {
-    "merge_lora": "a stack's gates depend on the token, so it cannot be merged into the base weights; "
-    "load the library with PeftModel.from_pretrained instead",
-    "relora": "stacks are frozen, not merged; use brainstacks.boosting.max_rounds",
-    "lora_model_dir": "the library is named by `brainstacks.library`",
-    "resume_from_checkpoint": "the same `axolotl train` command resumes by itself",
-    "fsdp": "FSDP is not supported; use `deepspeed:`",
-    "fsdp_config": "FSDP is not supported; use `deepspeed:`",
-    "reward_model": "reward models are not supported",
-    "process_reward_model": "reward models are not supported",
-    "peft_use_dora": "stacks have no DoRA magnitude",
-    "lora_modules_to_save": "the base model is shared by all domains and must stay as it is",
-    "lora_target_parameters": "stacks wrap linear modules; name them in `lora_target_modules`",
-    "unfrozen_parameters": "the base model is shared by all domains and must stay as it is",
-    "rl": "put `rl:` into the entry of the domain it is for, under `brainstacks.domains`",
+_STACK_KEYS = {"num_experts", "top_k", "noisy_gate", "balance_coef", "context", "null_space"}
+_NOT_LEARNED_FROM = {
+    *("axolotl_config_path", "brainstacks", "dataset_num_proc", "dataset_prepared_path", "logging_steps", "output_dir"),
+    *SAVING,
+    "save_total_limit",
 }
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
@@ -71,21 +61,28 @@ class Plan:
         Raises:
             ValueError: naming the key, its value, and the mend.
         """
-        for key, reason in _REFUSED.items():
-            if cfg.get(key):
-                raise ValueError(f"`{key}` cannot be used with `adapter: brainstacks`: {reason}")
+        check_refused(cfg)
+        if cfg.get("rl"):
+            raise ValueError(
+                "`rl` cannot be used at the top level: put `rl:` into the entry of the domain it is for, under "
+                "`brainstacks.domains`"
+            )
         if not cfg.get("brainstacks"):
             raise ValueError("`adapter: brainstacks` needs a `brainstacks:` block with `domains:` or `domain:`")
         block = BrainstacksBlock.parse(_plain(cfg["brainstacks"]))
         _fill_defaults(cfg)
-        if not isinstance(cfg["lora_r"], int) or cfg["lora_r"] < 1:
-            raise ValueError(f"`lora_r` is {cfg['lora_r']!r}; a stack needs a rank of at least 1, a whole number")
         for domain in block.curriculum:
             check_overlay(domain)
+            check_values(overlaid(_plain(cfg), domain.overlay), domain.name, domain.overlay)
             if not domain.overlay.get("datasets") and not cfg.get("datasets"):
                 where = f"domain `{domain.name}` of brainstacks.domains" if block.domains else "the top level"
                 raise ValueError(f"`datasets:` is missing in {where}; without data there is nothing to learn")
-        library_path = Path(block.library or Path(cfg.get("output_dir") or "./model-out") / "library").expanduser()
+        library_path = Path(block.library or Path(cfg["output_dir"]) / "library").expanduser()
+        if Path(cfg["output_dir"]).resolve().is_relative_to(library_path.resolve()):
+            raise ValueError(
+                f"`output_dir` is {cfg['output_dir']}, which is the library {library_path} or inside it: name a folder "
+                "outside in `output_dir`, or another one in `brainstacks.library`"
+            )
         plan = cls(_plain(cfg), block, library_path, bool(cfg.get("inference")))
         plan._disguise(cfg)
         return plan
@@ -122,11 +119,7 @@ class Plan:
             raise SystemExit(0)
         self.stages = load_domains(self.raw, todo, self.block)
         for stage in self.stages:
-            check_same(
-                f"The data of domain `{stage.name}`",
-                f"{len(stage.train_dataset)} rows, validation {record_of(pack_rows(stage.rows)).sha256[:12]}",
-                "give all nodes the same files",
-            )
+            check_same(f"The data of domain `{stage.name}`", stage.data, "give all nodes the same files")
         self.output_shared = shared_by_all(Path(self.raw["output_dir"]))
         first = self.stages[0]
         return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
@@ -143,8 +136,10 @@ class Plan:
             "put it on a file system that all nodes share, or copy it from the first node to the others",
         )
         if not manifest.is_file():
+            self.block.check_names([])
             return set()
         library = Library.open(self.library_path)
+        self.block.check_names(entry.name for entry in library.manifest.domains)
         done = {entry.name for entry in library.manifest.domains if entry.done}
         if self.block.domain in done:
             raise ValueError(
@@ -156,15 +151,27 @@ class Plan:
 
     def _check_library(self) -> None:
         if not Library.exists(self.library_path):
-            return
+            return Library.check_new(self.library_path)
         # In this order: entering removes what a killed writer left behind, which is no damage.
-        with Library.open(self.library_path).writing() as library:
-            problems = library.verify()
+        try:
+            with Library.open(self.library_path).writing() as library:
+                problems = library.damage()
+        except OSError as error:
+            raise ValueError(
+                f"The library {self.library_path} cannot be read and written ({error}): mend that, or name another folder "
+                "in `brainstacks.library`"
+            ) from error
         if problems:
             raise ValueError(
                 f"The library is damaged: {problems[0]}; restore the file from a copy, or remove its domain with "
                 f"`axolotl brainstacks-library {self.library_path} remove DOMAIN` and train it again"
             )
+
+    def settings_of(self, domain: str) -> dict[str, Any]:
+        """The keys, by the user's names, that decide what a stage of `domain` learns."""
+        overlay = next(entry.overlay for entry in self.block.curriculum if entry.name == domain)
+        keys = {key: value for key, value in overlaid(self.raw, overlay).items() if key not in _NOT_LEARNED_FROM}
+        return keys | {"brainstacks": self.block.model_dump(include=_STACK_KEYS)}
 
     def training_args(self, cfg: DictDefault) -> dict[str, Any]:
         """What Axolotl's builders do not pass on to a stage's trainer by themselves."""

@@ -38,6 +38,7 @@ class Round(TrainerCallback):
         self.runner, self.stage, self.number = runner, stage, number
         self.model, self.tuner = runner.model, runner.tuner
         self.loss_before = math.nan
+        self.checkpoint: Path | None = None
 
     def train(self) -> RoundRecord:
         """Train, judge and record this round; also resumes it from its last complete checkpoint."""
@@ -47,9 +48,9 @@ class Round(TrainerCallback):
             self.tuner.reset_stack(TRAINED, cfg.seed)
             self.tuner.use_stacks(self.runner.context_of(self.stage.name))
             set_seed(cfg.seed)
-            guard = Guard(self.tuner, TRAINED, self.runner.plan.block.boosting)
+            guard = Guard(self.tuner, TRAINED, self.runner.plan.block.boosting, self.runner.fingerprint(self.stage))
             trainer = self.trainer = self._trainer(cfg, guard)
-            checkpoint = last_complete_checkpoint(Path(cfg.output_dir))
+            checkpoint = self.checkpoint = last_complete_checkpoint(Path(cfg.output_dir), guard.fingerprint)
             if checkpoint is not None:
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
                 guard.resume(checkpoint)
@@ -63,7 +64,7 @@ class Round(TrainerCallback):
                 self.runner.finish_domain(self.stage)
             release(trainer)
             del self.trainer, trainer
-        on_each_node(lambda: shutil.rmtree(cfg.output_dir, ignore_errors=True))
+        on_each_node(lambda: _remove(Path(cfg.output_dir)))
         return record
 
     def _config(self) -> DictDefault:
@@ -101,6 +102,9 @@ class Round(TrainerCallback):
             with self.model.disable_adapter():
                 self.loss_before = self.runner.loss(self.stage.rows)
         LOG.info("%s, round %d starts at a validation loss of %.4f", self.stage.name, self.number, self.loss_before)
+        if self.checkpoint is None:
+            # The Trainer keeps the checkpoints of the highest steps, whoever wrote them.
+            on_each_node(lambda: _remove(*Path(str(args.output_dir)).glob("checkpoint-*")))
 
     def _check_batches(self, train: int, evaluation: int) -> None:
         """Raises ValueError where packing, or the number of processes, leaves no whole batch of a small dataset."""
@@ -196,3 +200,8 @@ class Round(TrainerCallback):
              for module, basis in columns.items() if f"base_model.model.{module}.brainstacks_B.weight" in tensors),
             default=0.0,
         )  # fmt: skip
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -21,10 +21,11 @@ from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.round import Round
 from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.curriculum.stages import DomainStage
-from axolotl_brainstacks.distributed import on_each_node, on_main
+from axolotl_brainstacks.distributed import on_each_node, on_main, world
 from axolotl_brainstacks.evaluation import Row, answer, mean_loss, pack_rows, unpack_rows
 from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
-from axolotl_brainstacks.report import FORGETTING, SAMPLES, write_report
+from axolotl_brainstacks.report import FORGETTING, SAMPLES, read_records, write_report
+from axolotl_brainstacks.storage import json_to_bytes, record_of
 
 LOG = get_logger(__name__)
 
@@ -124,6 +125,24 @@ class CurriculumRunner:
 
         return on_main(read)
 
+    def fingerprint(self, stage: DomainStage) -> str:
+        """What a checkpoint has to have in common with this run to be resumed from: SHA-256 of the library below the
+        stage, its config and its data."""
+
+        def read() -> str:
+            manifest = self.library.manifest
+            parts = {
+                "library": relative_library(self.plan, self.output_dir),
+                "base": manifest.base.model_dump(include={"config_hash", "fingerprint"}),
+                "stacks": [entry.model_dump() for entry in manifest.stacks],
+                "settings": self.plan.settings_of(stage.name),
+                "data": stage.data,
+                "processes": world()[1],
+            }
+            return record_of(json_to_bytes(parts)).sha256
+
+        return on_main(read)
+
     def null_space_columns(self) -> dict[str, Any]:
         """The union of all columns that the library holds."""
 
@@ -185,7 +204,13 @@ class CurriculumRunner:
             }
             for row, tokens in zip(rows, answers, strict=True)
         ]
-        on_main(lambda: self._append(SAMPLES, lines))
+
+        def write() -> None:
+            old = read_records(self.library, SAMPLES)
+            kept = [line for line in old if (line["domain"], line["round"]) != (stage.name, round_number)]
+            self.library.write_file(SAMPLES, "".join(json.dumps(line) + "\n" for line in [*kept, *lines]).encode())
+
+        on_main(write)
 
     def report_forgetting(self, stage: DomainStage) -> None:
         """Measure every domain so far, with all stacks on and with the stacks it was trained with."""
@@ -195,8 +220,7 @@ class CurriculumRunner:
             row = forgetting_row(self.tuner, measured, self.stack_names(), self.loss)
 
         def write() -> None:
-            path = self.library.path / FORGETTING
-            rows = [r for r in json.loads(path.read_text()) if r["after"] != stage.name] if path.exists() else []
+            rows = [r for r in read_records(self.library, FORGETTING) if r["after"] != stage.name]
             self.library.write_file(FORGETTING, json.dumps([*rows, {"after": stage.name, **row}], indent=2).encode())
 
         on_main(write)
@@ -208,13 +232,6 @@ class CurriculumRunner:
                 loss,
                 row["all_stacks"][name],
             )
-
-    def _append(self, relative: str, lines: list[dict[str, Any]]) -> None:
-        path = self.library.path / relative
-        keys = {(line["domain"], line["round"]) for line in lines}
-        old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-        kept = [line for line in old if (line["domain"], line["round"]) not in keys]
-        self.library.write_file(relative, "".join(json.dumps(line) + "\n" for line in [*kept, *lines]).encode())
 
     # The end
 

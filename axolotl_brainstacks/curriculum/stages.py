@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs, explain
 from axolotl_brainstacks.curriculum.overlay import overlaid
-from axolotl_brainstacks.evaluation import IGNORED, Row
+from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
+from axolotl_brainstacks.storage import record_of
 
 LOG = get_logger(__name__)
 
@@ -33,6 +34,11 @@ class DomainStage:
     eval_dataset: Dataset
     total_steps: int | None
     rows: list[Row]
+
+    @property
+    def data(self) -> str:
+        """The data in one line, the same for the same data."""
+        return f"{len(self.train_dataset)} rows, validation {record_of(pack_rows(self.rows)).sha256[:12]}"
 
 
 def stage_config(raw: dict[str, Any], domain: DomainArgs) -> DictDefault:

@@ -74,14 +74,7 @@ def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:
         raise ValueError(
             f"{library.path} has no finished domain with a stack, so there is nothing to route among: run `axolotl train`"
         )
-    known = [entry.name for entry in library.manifest.domains]
-    known += [domain.name for domain in block.curriculum if domain.name not in known]
-    for key, names in (("floors", list(block.router.floors)), ("soft_domains", block.router.soft_domains)):
-        for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"brainstacks.router.{key} names `{name}`, but the domains are {', '.join(known)}: correct the name"
-                )
+    block.check_names(entry.name for entry in library.manifest.domains)
     return domains
 
 
