@@ -95,6 +95,16 @@ def routes_for(
     return routes
 
 
+def load_router(tuner: BrainstacksModel) -> None:
+    """Load the router that answers will need, if any, so that one that cannot be used is an error before any prompt.
+
+    Raises:
+        ValueError: as `route`.
+    """
+    if _routes_by_itself(tuner):
+        _router(tuner)
+
+
 def stack_weights(tuner: BrainstacksModel, routes: Sequence[PromptRoute]) -> tuple[list[str], Tensor]:
     """What `use_stacks` takes: the stacks that some route needs, and their weights (routes, stacks)."""
     domains = _domains(tuner)
@@ -116,13 +126,19 @@ def generate(tuner: BrainstacksModel, *args: Any, domains: Domains | None = None
                 raise ValueError(f"`domains` has {len(routes)} mappings for {len(ids)} prompts: give one a prompt")
         for number, row in enumerate(routes):
             LOG.info("Prompt %d: %s", number, row)
-        streamer = kwargs.get("streamer")
-        if tuner.show_routes and streamer is not None:
-            streamer.on_finalized_text(f"[{routes[0]}]\n")
+        shown = kwargs.get("streamer") if tuner.show_routes else None
+        if shown is not None:
+            shown.on_finalized_text(f"[{routes[0]}]\n")
         names, weights = stack_weights(tuner, routes)
         _read_again_if_rerouted(args, kwargs, (names, weights.tolist()))
-        with tuner.using_stacks(names, weights):
-            return tuner.model.generate(*args, **kwargs)
+        try:
+            with tuner.using_stacks(names, weights):
+                return tuner.model.generate(*args, **kwargs)
+        except Exception as error:
+            if shown is not None:
+                # A page that shows the answer while it grows would wait for ever for an end that never comes.
+                shown.on_finalized_text(f"Error: {error}", stream_end=True)
+            raise
 
 
 def routed_forward(tuner: BrainstacksModel, *args: Any, **kwargs: Any) -> Any:

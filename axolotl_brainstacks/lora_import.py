@@ -83,8 +83,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's config. Raises ValueError naming an option that no stack can reproduce."""
     path = folder / CONFIG
     try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        config: dict[str, Any] = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} is no PEFT adapter: {CONFIG} cannot be read ({error})") from error
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: `peft_type` is {config.get('peft_type')}; only LORA can be imported")

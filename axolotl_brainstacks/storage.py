@@ -38,7 +38,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the library") from error
+        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
 
 
 def tensors_to_bytes(tensors: dict[str, Tensor], owner: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import shutil
 import sys
 import warnings
@@ -18,7 +19,14 @@ from models import base_config, chat_dataset
 from peft import PeftModel
 from routed import VOCABULARY, add_domain, new_library, tiny_base, tuner_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaForCausalLM,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
 from axolotl_brainstacks.adapter import BrainstacksModel
 from axolotl_brainstacks.args import GateArgs
@@ -372,6 +380,17 @@ def test_axolotl_inference_answers_routed_and_shows_the_route(
     assert f"[{route}]" in printed and "Reverse abc" in printed.split(f"[{route}]")[1]
     assert tuner.resident is not None and tuner.resident.max_bytes == 10**6
     assert {stack.domain for stack in tuner.stacks if stack.name in tuner.resident.names} == set(route.weights)
+    add_domain(library, base, "math")
+    with pytest.raises(ValueError, match="knows chat, code, but the library has chat, code, math"):
+        do_cli(str(tmp_path / "config.yml"))
+    for name in ("chat", "code", "math"):
+        with library.writing():
+            library.remove_domain(name)
+    with pytest.raises(ValueError, match="has no stacks to answer with"):
+        do_cli(str(tmp_path / "config.yml"))
+    assert "Give me an instruction" not in capsys.readouterr().out, (
+        "no one is asked for a prompt that cannot be answered"
+    )
 
 
 # What is in memory
@@ -467,7 +486,7 @@ def test_the_order_in_which_stacks_came_leaves_no_trace(
 
 
 def test_a_damaged_stack_is_named_when_it_is_needed(
-    library: Library, load: Callable[..., PeftModel], tmp_path: Path
+    library: Library, load: Callable[..., PeftModel], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     broken = Library.open(shutil.copytree(library.path, tmp_path / "library"))
     file = broken.stack_path(own_stacks(broken, "math")[0]) / "adapter_model.safetensors"
@@ -481,6 +500,13 @@ def test_a_damaged_stack_is_named_when_it_is_needed(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model.generate(ids, domains={"chat": 1.0}, **GREEDY), expected)
+    tuner_of(model).show_routes = True
+    streamer = TextIteratorStreamer(AutoTokenizer.from_pretrained(tiny_llama_dir), timeout=10)
+    with pytest.raises(ValueError, match="altered"):
+        model.generate(ids, domains={"math": 1.0}, streamer=streamer, **GREEDY)
+    assert re.fullmatch(r"\[math 1\.00\]\nError: .* is altered .*", "".join(streamer)), (
+        "a page is told, and waits no more"
+    )
     file.write_bytes(data[:-1])
     with pytest.raises(ValueError, match="truncated"):
         load(broken.path)

@@ -214,6 +214,9 @@ REFUSED: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     "a changed base": ("`init_lora_weights` is pissa", lambda f, base: rewrite(f, lambda c: c.update(init_lora_weights="pissa"))),
     "another method": ("`peft_type` is IA3", lambda f, base: rewrite(f, lambda c: c.update(peft_type="IA3"))),
     "no config": ("is no PEFT adapter", lambda f, base: (f / "adapter_config.json").unlink()),
+    "no config in its file": (
+        "is no PEFT adapter", lambda f, base: (f / "adapter_config.json").write_text("[1]"),
+    ),
     "no tensors": ("adapter_model.safetensors is missing", lambda f, base: (f / "adapter_model.safetensors").unlink()),
     "no such base": (
         "cannot be loaded.*--base-model", lambda f, base: rewrite(f, lambda c: c.update(base_model_name_or_path="/nowhere")),

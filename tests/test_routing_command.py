@@ -19,13 +19,14 @@ from routed import add_domain, meter_of, new_library, random_rows, tiny_base
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks import cli
-from axolotl_brainstacks.args import RouterArgs
+from axolotl_brainstacks.args import BrainstacksBlock, RouterArgs
+from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.evaluation import IGNORED
 from axolotl_brainstacks.library import DomainEntry, Library
 from axolotl_brainstacks.routing import report
-from axolotl_brainstacks.routing.data import Sample, split
+from axolotl_brainstacks.routing.data import Sample, load_samples, split
 from axolotl_brainstacks.routing.evaluate import CHOICES
-from axolotl_brainstacks.routing.make import make_router
+from axolotl_brainstacks.routing.make import EVALUATION, made_before, make_router
 from axolotl_brainstacks.routing.measure import Meter
 from axolotl_brainstacks.routing.router import Router
 
@@ -119,6 +120,24 @@ def test_a_second_run_reads_what_the_first_one_measured(base: PreTrainedModel, t
     features, routes = -(-30 // 8), -(-9 // 8)
     assert first["forwards"] > second["forwards"] == features + routes
     assert first["losses"] == second["losses"]
+
+
+def test_damaged_files_of_an_earlier_run(base: PreTrainedModel, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", base, DOMAINS)
+    samples, meter = some_samples(8), meter_of(library, base)
+    made = make(library, meter, samples)
+    (library.path / EVALUATION).write_text("[]")
+    assert made_before(library, made["origin"]) is None, "it is made again"
+    records = library.path / "router/discovery/math.jsonl"
+    records.write_bytes(records.read_bytes()[:-20])
+    before = contents(library.path)
+    with pytest.raises(ValueError, match=r"math\.jsonl is damaged .*delete it"):
+        make(library, meter, some_samples(8))
+    assert contents(library.path) == before
+    kept = library.path / "router/discovery/code.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"code\.safetensors is damaged .*: name `code` with its `datasets:`"):
+        load_samples(Plan({}, BrainstacksBlock(domain="new"), library.path, True), library, DOMAINS)
 
 
 def as_rank(rank: int, ranks: int, folder: Path, model: Path, samples: list[Sample]) -> None:

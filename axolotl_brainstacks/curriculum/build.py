@@ -16,6 +16,7 @@ from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.model import PROJECTIONS, BrainstacksModel, attach_library
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.distributed import is_main
+from axolotl_brainstacks.inference import load_router
 from axolotl_brainstacks.library import Library
 
 LOG = get_logger(__name__)
@@ -27,7 +28,8 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
     """The model Axolotl trains or answers with.
 
     Raises:
-        ValueError: if the library belongs to another base model, or there is none to answer with.
+        ValueError: if the library belongs to another base model, there is none to answer with or nothing in it, or
+            its router cannot be used.
     """
     keep_cpu_4bit_trainable(model)
     if plan.inference:
@@ -39,6 +41,10 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
         answering = tuner(peft_model)
         assert answering.resident is not None
         answering.resident.max_bytes, answering.show_routes = plan.block.max_resident_bytes, True
+        if not answering.stacks:
+            raise ValueError(f"{plan.library_path} has no stacks to answer with: run `axolotl train`")
+        if not plan.makes_router:
+            load_router(answering)
         return peft_model, peft_model.peft_config[TRAINED]
     config = stack_config(cfg, plan)
     peft_model = get_peft_model(model, config)

@@ -47,6 +47,7 @@ class Plan:
     block: BrainstacksBlock
     library_path: Path
     inference: bool
+    makes_router: bool = False
     inside_stage: bool = False
     output_shared: bool = True
     stages: list[DomainStage] = field(default_factory=list)

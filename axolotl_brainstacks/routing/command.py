@@ -40,6 +40,7 @@ def run(config: str) -> None:
     )
     if plan is None:
         raise ValueError(f"{config} does not say `adapter: brainstacks`: a router belongs to a library of stacks")
+    plan.makes_router = True
     library = Library.open(plan.library_path)
     domains = checked_domains(library, plan.block)
     samples = load_samples(plan, library, domains)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
+from safetensors import SafetensorError
+
 from axolotl_brainstacks.args import DomainArgs, RouterArgs
 from axolotl_brainstacks.evaluation import Row, pack_rows, unpack_rows
 from axolotl_brainstacks.library import Library
@@ -75,7 +77,13 @@ def _drawn(stage: DomainStage, args: RouterArgs) -> list[Row]:
 def _kept(library: Library, domain: str) -> list[Row]:
     path = library.path / _file(domain)
     if path.exists():
-        return unpack_rows(path.read_bytes())
+        try:
+            return unpack_rows(path.read_bytes())
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): name `{domain}` with its `datasets:` under `brainstacks.domains`, or delete "
+                "the file, and the domain's validation rows are used"
+            ) from error
     if library.manifest.domain(domain).validation is None:
         raise ValueError(
             f"Domain `{domain}` of {library.path} has no prompts to measure on: name it with its `datasets:` under "

@@ -102,6 +102,8 @@ def discover(
     """
     search = (exhaustive if args.search == "exhaustive" else greedy)(meter.domains, args.min_gain)
     results: dict[str, list[Found]] = {}
+    records = {source: Records(library, source, meter.domains) for source in sources}
+    known = on_main(lambda: {source: record.read() for source, record in records.items()})
 
     def missing(item: Found) -> list[DomainSet]:
         item.best, sets = search(item.losses)
@@ -110,9 +112,7 @@ def discover(
 
     with _Progress(sum(len({*map(row_key, rows)}) for rows in sources.values()), len(meter.domains)) as progress:
         for source, rows in sources.items():
-            records = Records(library, source, meter.domains)
-            known = on_main(records.read)
-            distinct = {row_key(row): Found(row, known.get(row_key(row), {}), ()) for row in rows}
+            distinct = {row_key(row): Found(row, known[source].get(row_key(row), {}), ()) for row in rows}
             results[source] = [distinct[row_key(row)] for row in rows]
             by_length = sorted(distinct.values(), key=lambda item: len(item.row.input_ids))
             for start in range(0, len(by_length), BATCHES_PER_CHUNK * meter.batch_size):
@@ -122,7 +122,7 @@ def discover(
                     losses = meter.losses([item.row for item, _ in pairs], weights, progress.measured)
                     for (item, names), loss in zip(pairs, losses, strict=True):
                         item.losses[names] = loss
-                on_main(partial(records.write, chunk))
+                on_main(partial(records[source].write, chunk))
                 progress.finished(len(chunk))
     return results
 

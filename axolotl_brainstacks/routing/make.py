@@ -46,10 +46,10 @@ def made_before(library: Library, origin: str) -> dict[str, Any] | None:
     """The evaluation of the library's router if it is whole and has this origin."""
     try:
         Router.load(library)
-        evaluation = json.loads((library.path / EVALUATION).read_text())
-    except (ValueError, OSError):
+        evaluation: dict[str, Any] = json.loads((library.path / EVALUATION).read_text())
+        return evaluation if evaluation["origin"] == origin else None
+    except (ValueError, OSError, KeyError, TypeError):
         return None
-    return evaluation if evaluation.get("origin") == origin else None
 
 
 def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args: RouterArgs) -> dict[str, Any]:
@@ -64,10 +64,6 @@ def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args:
     pairs = [] if args.mixed_datasets else joined(unseen, args.mixed_pairs, args.seed)
     samples, unseen = [*samples, *pairs], [*unseen, *pairs]
     parts += ["test"] * len(pairs)
-    on_main(lambda: keep_rows(library, samples))
-
-    LOG.info("Reading the base features of %d prompts", len(samples))
-    features = meter.features([sample.row.prompt_ids for sample in samples], args.max_tokens)
     sources = {
         source: [s.row for s in samples if s.source == source] for source in dict.fromkeys(s.source for s in samples)
     }
@@ -75,6 +71,10 @@ def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args:
         row_key(s.row): [tuple(meter.domains), tuple(d for d in meter.domains if d in s.labels)] for s in unseen
     }
     discovered = discover(library, meter, sources, args, compared)
+    on_main(lambda: keep_rows(library, samples))
+
+    LOG.info("Reading the base features of %d prompts", len(samples))
+    features = meter.features([sample.row.prompt_ids for sample in samples], args.max_tokens)
     found = [item for items in discovered.values() for item in items]
     targets = torch.tensor(
         [target(f.losses, f.best, s.labels, meter.domains, args) for s, f in zip(samples, found, strict=True)]
