@@ -6,10 +6,12 @@ Usable with plain Transformers and PEFT. The methods of `BrainstacksModel` lead 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,18 +56,23 @@ def route(
     attention_mask: Tensor | None = None,
     tokenizer: Any = None,
 ) -> list[PromptRoute]:
-    """The router's choice for each prompt: token ids (rows, tokens) with their mask (default: all real), or texts.
+    """The router's choice for each prompt: token ids (rows, tokens) with their mask (default: all real), or text.
 
     Raises:
-        ValueError: if the library has no router, or it is stale, or the library has changed since it was loaded.
+        ValueError: if the library has no router, or it is stale, or the library has changed since it was loaded; if a
+            prompt is empty, or there is no tokenizer for a text.
     """
     router = _router(tuner)
     device = tuner.model.get_input_embeddings().weight.device
     if isinstance(prompts, Tensor):
         ids, mask = prompts, torch.ones_like(prompts) if attention_mask is None else attention_mask
     else:
-        assert tokenizer is not None, "texts need their tokenizer"
-        ids, mask = pad_right([torch.tensor(tokenizer(text)["input_ids"]) for text in prompts])
+        if tokenizer is None:
+            raise ValueError("`prompts` are texts, and there is no tokenizer to read them: give `tokenizer=`")
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        ids, mask = pad_right([torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long) for text in texts])
+    if empty := mask.any(1).logical_not().nonzero().flatten().tolist():
+        raise ValueError(f"Prompt {empty[0]} is empty, so there is nothing to route on: name stacks with `domains=`")
     found = router.route(*base_features(tuner, tuner, ids.to(device), mask.to(device), router.config.max_tokens))
     routes = []
     for weights, uncovered in zip(found.weights.tolist(), found.uncovered.tolist(), strict=True):
@@ -81,18 +88,28 @@ def routes_for(
     tokenizer: Any,
     domains: Domains | None,
 ) -> list[PromptRoute]:
-    """Routes that someone named, or else the router's. Raises as `route`, and ValueError for an unknown domain."""
+    """Routes that someone named, or else the router's.
+
+    Raises:
+        ValueError: as `route`, and for `domains` that are no mappings of a known domain to a finite weight.
+    """
     if domains is None:
         assert prompts is not None, "give prompts to route, or domains"
         return route(tuner, prompts, attention_mask, tokenizer)
     known = _domains(tuner)
-    routes = [PromptRoute(dict(row)) for row in ([domains] if isinstance(domains, Mapping) else domains)]
-    for name in (name for row in routes for name in row.weights):
+    rows = [domains] if isinstance(domains, Mapping) else list(domains)
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(
+            f"`domains` is {domains!r}; it must be a mapping such as {{'math': 1.0}}, or one for each prompt"
+        )
+    for name, weight in (item for row in rows for item in row.items()):
         if name not in known:
             raise ValueError(
                 f"`domains` names `{name}`, but there are stacks of {', '.join(known) or 'no domain'} only"
             )
-    return routes
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ValueError(f"`domains` gives `{name}` the weight {weight!r}; it must be a finite number")
+    return [PromptRoute(dict(row)) for row in rows]
 
 
 def load_router(tuner: BrainstacksModel) -> None:

@@ -185,6 +185,9 @@ def test_text_prompts_route_as_their_tokens_do(model: PeftModel) -> None:
     for one, other in zip(tuner_of(model).route(texts, tokenizer=Tokenizer()), single, strict=True):
         assert one.weights.keys() == other.weights.keys() and one.uncovered == other.uncovered
         assert list(one.weights.values()) == pytest.approx(list(other.weights.values()), abs=1e-5)
+    assert tuner_of(model).route(texts[0], tokenizer=Tokenizer()) == single[:1]
+    with pytest.raises(ValueError, match="Prompt 1 is empty"):
+        tuner_of(model).route([texts[0], ""], tokenizer=Tokenizer())
 
 
 def test_a_prompt_that_no_domain_claims_is_uncovered(model: PeftModel) -> None:
@@ -226,8 +229,20 @@ def test_mistakes_of_a_call_are_named(model: PeftModel) -> None:
     ids = torch.stack(some_prompts(3, 8))
     with pytest.raises(ValueError, match=r"`legal`.*chat, code, math, medical"):
         model.generate(ids, domains={"legal": 1.0})
+    for weight in (float("nan"), float("-inf"), "1"):
+        with pytest.raises(ValueError, match=rf"`domains` gives `chat` the weight {weight!r}"):
+            model.generate(ids, domains={"chat": weight})
+    for domains in ("chat", ["chat"] * 3):
+        with pytest.raises(ValueError, match=r"`domains` is .*'chat'.* must be a mapping"):
+            model.generate(ids, domains=domains)
     with pytest.raises(ValueError, match="2 mappings for 3 prompts"):
         model.generate(ids, domains=[{}, {}])
+    with pytest.raises(ValueError, match="Prompt 1 is empty"):
+        tuner_of(model).route(ids, torch.tensor([[1], [0], [1]]).expand_as(ids))
+    with pytest.raises(ValueError, match="Prompt 0 is empty"):
+        model.generate(ids[:, :0], **GREEDY)
+    with pytest.raises(ValueError, match="give `tokenizer=`"):
+        tuner_of(model).route(["2 + 2"])
     with pytest.raises(ValueError, match="input_ids"):
         model.generate(inputs_embeds=torch.randn(1, 4, 32), **GREEDY)
     with pytest.raises(ValueError, match=r"'fast'.*auto, routed, ungated, base"):
