@@ -82,12 +82,12 @@ class FitArgs(_Strict):
     max_tokens: int = Field(
         default=256, ge=1, description="Tokens of a prompt that the router reads, counted from its end."
     )
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    epochs: int = Field(default=8, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    learning_rate: float = Field(default=8e-4, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Of the router's network.")
+    epochs: int = Field(default=8, ge=1, description="Passes over the router's training prompts.")
+    batch_size: int = Field(default=16, ge=1, description="Prompts per step of the router's fit.")
+    learning_rate: float = Field(default=8e-4, gt=0, description="Of the router's fit; AdamW, cosine.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Of the router's fit.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Of the router's fit.")
     confidence_coef: float = Field(default=0.05, ge=0, description="Weight of the penalty on undecided probabilities.")
     confidence_margin: float = Field(default=0.3, ge=0, le=0.5, description="Undecided: closer to 0.5 than this.")
     score: tuple[float, float, float] = Field(
@@ -96,7 +96,7 @@ class FitArgs(_Strict):
     )
     validation_share: float = Field(default=0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch.")
     test_share: float = Field(default=0.15, gt=0, lt=0.5, description="Share of prompts never fitted on.")
-    seed: int = 42
+    seed: int = Field(default=42, description="Of the choice of prompts, the split and the fit.")
 
 
 class RouterArgs(GateArgs, DiscoveryArgs, FitArgs):
@@ -110,7 +110,7 @@ class SampleArgs(_Strict):
     """Answers written to report/samples.jsonl after every stack, to read what it learned."""
 
     prompts: int = Field(default=2, ge=0, description="Validation prompts to answer; 0 turns samples off.")
-    max_new_tokens: int = Field(default=48, ge=1)
+    max_new_tokens: int = Field(default=48, ge=1, description="Length of such an answer.")
 
 
 class DomainArgs(BaseModel):
@@ -129,10 +129,10 @@ class BrainstacksBlock(_Strict):
     """The `brainstacks:` block."""
 
     library: str | None = Field(default=None, description="Folder of the library; default output_dir/library.")
-    num_experts: int = Field(default=4, ge=1)
-    top_k: int = Field(default=2, ge=1)
-    noisy_gate: bool = True
-    balance_coef: float = Field(default=0.01, ge=0)
+    num_experts: int = Field(default=4, ge=1, description="Experts of a stack.")
+    top_k: int = Field(default=2, ge=1, description="Experts that a token uses.")
+    noisy_gate: bool = Field(default=True, description="Noise on the gates in training, of a learned size.")
+    balance_coef: float = Field(default=0.01, ge=0, description="Weight of the load-balance loss; 0 turns it off.")
     context: Literal["curriculum", "isolated"] = Field(
         default="curriculum", description="Whether earlier domains' stacks are on while a new one trains."
     )

@@ -5,6 +5,7 @@ columns and fresh random rows for the datasets.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,8 +26,10 @@ from datasets import Dataset
 from models import run_axolotl, tiny_llama
 from peft import PeftModel
 from processes import train, train_ranks
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.stages import stage_config
 from axolotl_brainstacks.evaluation import IGNORED
@@ -163,6 +166,30 @@ def test_examples_have_no_key_that_axolotl_would_ignore(name: str) -> None:
     for entry in domain_entries(config):
         for dataset in entry["datasets"] + entry.get("test_datasets", []):
             assert set(dataset) <= set(SFTDataset.model_fields)
+
+
+def documented(block: type[BaseModel] = BrainstacksBlock, prefix: str = "") -> Iterator[str]:
+    """The rows of README.md's table of keys."""
+    for name, field in block.model_fields.items():
+        kind, default = field.annotation, field.get_default(call_default_factory=True)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from documented(kind, f"{prefix}{name}.")
+        else:
+            shown = "" if default is None else f"`{json.dumps(default).replace('"', '')}`"
+            yield f"| `{prefix}{name}` | {shown} | {field.description} |"
+
+
+def test_the_readme_lists_every_key_and_its_config_is_valid(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    readme = (FOLDER.parent / "README.md").read_text()
+    table = readme.partition("| key of `brainstacks:` | default | |\n| --- | --- | --- |\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == list(documented())
+
+    config = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
+    config |= {"base_model": str(tiny_llama_dir), "output_dir": str(tmp_path)}
+    _, plan = load(config)
+    assert [domain.name for domain in plan.block.curriculum] == ["chat", "code"]
+    for domain in plan.block.curriculum:
+        stage_config(plan.raw, domain)
 
 
 def test_gemma_has_the_papers_settings() -> None:
