@@ -121,6 +121,8 @@ def remove(ctx: click.Context, domain: str, yes: bool) -> None:
 def router(ctx: click.Context, config: str, launcher: str) -> None:
     """Measure which stacks answer which prompts best, and fit the router of the library that CONFIG names."""
     if launcher == "python":
+        if ctx.args:
+            raise click.UsageError(f"No such option or argument: {' '.join(ctx.args)}; settings belong into {config}")
         from axolotl_brainstacks.routing.command import run
 
         run(config)

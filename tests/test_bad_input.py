@@ -185,6 +185,14 @@ def without_data(config: dict[str, Any]) -> None:
                 ("tensor_parallel_size", 2), ("deepspeed", "zero2.json"), ("fsdp_version", 2), ("tokenizer_type", "A"),
             )
         ),
+        *(
+            (top(**{key: value}), rf"`{key}` cannot be used with `adapter: brainstacks`: ")
+            for key, value in (
+                ("lora_rank_pattern", {"q_proj": 8}), ("peft_init_lora_weights", "gaussian"), ("loraplus_lr_ratio", 16),
+            )
+        ),
+        (last_domain(rl="orpo"), r"`rl` of domain `math` is 'orpo'; of preference losses only `dpo` has a known value"),
+        (last_domain(rl="dpo", rpo_alpha=1.0), r"`rpo_alpha` of domain `math` cannot be used"),
         (top(rl="dpo"), r"`rl` cannot be used .* put `rl:` into the entry of the domain"),
         (top(adapter="lora"), r"`brainstacks:` is set but `adapter:` is lora; write `adapter: brainstacks`"),
         (top(brainstacks=None), r"`adapter: brainstacks` needs a `brainstacks:` block"),

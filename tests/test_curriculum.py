@@ -62,6 +62,7 @@ def curriculum_config(model: Path, folder: Path, names: list[str], **block: Any)
 def run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
     folder = tmp_path_factory.mktemp("curriculum")
     config = curriculum_config(tiny_llama_dir, folder, ["chat", "code", "math"])
+    config["use_tensorboard"] = True
     config["brainstacks"]["domains"][1] |= {"max_steps": 6, "learning_rate": 8e-3, "gradient_accumulation_steps": 2}
     return config, folder, train(config, folder)
 
@@ -87,6 +88,11 @@ def test_library_is_whole_and_every_round_is_recorded(library: Library) -> None:
         losses = [kept[0].loss_before, *(record.loss_after for record in kept)]
         assert losses == sorted(losses, reverse=True)
     assert [record.steps for record in library.manifest.domain("code").rounds] == [6, 6]
+
+
+def test_tensorboard_keeps_the_logs_of_every_stage(run: tuple[dict[str, Any], Path, str]) -> None:
+    logs = {path.parent.name for path in (run[1] / "out" / "runs").glob("*/events.out.tfevents.*")}
+    assert logs == {f"{domain}-{number}" for domain in ("chat", "code", "math") for number in (1, 2)}
 
 
 def test_losses_with_the_same_stacks_on_never_change(library: Library) -> None:

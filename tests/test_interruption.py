@@ -88,6 +88,38 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
     assert contents(tmp_path / "out" / "library") == contents(library)
 
 
+def test_a_round_killed_after_its_last_step_trains_no_further(
+    undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path
+) -> None:
+    config, library, _ = undisturbed
+    config = config | {"output_dir": str(tmp_path / "out")}
+    process = start_train(config, tmp_path)
+    wait_for([process], tmp_path, "chat/round1/train_runtime")
+    process.kill()
+    process.join()
+    assert list((tmp_path / "out").glob("stages/chat-1/checkpoint-8"))
+    train(config, tmp_path)
+    assert contents(tmp_path / "out" / "library") == contents(library)
+
+
+def test_a_half_done_domain_is_judged_on_the_rows_it_began_with(
+    undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path
+) -> None:
+    config = undisturbed[0] | {"output_dir": str(tmp_path / "out")}
+    config["brainstacks"] = config["brainstacks"] | {"domains": config["brainstacks"]["domains"][:1]}
+    process = start_train(config, tmp_path)
+    wait_for([process], tmp_path, "chat, round 2 starts")
+    process.kill()
+    process.join()
+    began = Library.open(tmp_path / "out" / "library").validation("chat")
+    train(config | {"brainstacks": config["brainstacks"] | {"eval_rows": 3}}, tmp_path)
+    library = Library.open(tmp_path / "out" / "library")
+    assert library.validation("chat") == began
+    (chat,) = library.manifest.domains
+    (row,) = json.loads((library.path / "report/forgetting.json").read_text())
+    assert row["own_stacks"]["chat"] == [record for record in chat.rounds if record.kept][-1].loss_after
+
+
 @pytest.fixture(scope="module")
 def stopped(
     undisturbed: tuple[dict[str, Any], Path, float], tmp_path_factory: pytest.TempPathFactory

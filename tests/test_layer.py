@@ -187,6 +187,18 @@ def test_tokens_without_a_batch_dimension() -> None:
     assert_near(layer_with(base, frozen, active)(x), expected, 1e-5)
 
 
+def test_tokens_of_all_rows_in_one_line_have_one_rows_weights_or_none() -> None:
+    base, frozen = linear(), [random_stack(SHAPES[0]) for _ in range(2)]
+    layer, x = layer_with(base, frozen), torch.randn(6, IN, dtype=torch.float64)
+    weights = torch.rand(2, 2)
+    layer.bank.select(["s0", "s1"], weights[:1])
+    deltas = (float(w) * reference_delta(s, x[None])[0] for w, s in zip(weights[0], frozen, strict=True))
+    assert_near(layer(x), base_output(base, x) + sum(deltas), 1e-5)
+    layer.bank.select(["s0", "s1"], weights)
+    with pytest.raises(ValueError, match=r"one prompt at a time .*`eval_batch_size: 1`.*`lora_exclude_modules`"):
+        layer(x)
+
+
 def test_a_removed_stack_is_gone_and_the_others_stay() -> None:
     base, frozen = linear(), [random_stack(SHAPES[i]) for i in (0, 0, 1, 0)]
     layer, x = layer_with(base, frozen), torch.randn(2, 5, IN, dtype=torch.float64)

@@ -194,7 +194,9 @@ def tiny(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_the_command_makes_a_router(tiny: tuple[Path, Library], tmp_path: Path) -> None:
     model, library = tiny
-    path = written(tmp_path, config(tmp_path, model, library.path, samples=12))
+    content = config(tmp_path, model, library.path, samples=12)
+    content["brainstacks"]["max_resident_bytes"] = 1  # of inference
+    path = written(tmp_path, content)
     printed = run_axolotl(["brainstacks-router", path], tmp_path)
     assert "Mean loss per answer token on unseen prompts" in printed and "report.html" in printed
     assert Router.load(Library.open(library.path)).domains == DOMAINS
@@ -223,6 +225,12 @@ def assert_refused(content: dict[str, Any], folder: Path, message: str) -> None:
     assert len(errors) == 1 and re.search(message, errors[0]), result.output
     assert result.output.rstrip().endswith(errors[0]), "something is printed after the error"
     assert contents(library) == before
+
+
+def test_an_option_that_does_not_exist(tiny: tuple[Path, Library], tmp_path: Path) -> None:
+    path = written(tmp_path, config(tmp_path, tiny[0], tiny[1].path))
+    result = CliRunner().invoke(cli.router, [str(path), "--laucher", "torchrun"])
+    assert result.exit_code == 2 and "No such option or argument: --laucher torchrun" in result.output
 
 
 @pytest.mark.parametrize(

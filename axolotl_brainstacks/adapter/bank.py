@@ -130,8 +130,15 @@ class BankSegment(nn.Module):
     @staticmethod
     def _broadcast(weights: Tensor, x: Tensor) -> Tensor:
         """(rows, stacks) -> (rows, 1, stacks, 1); beam search repeats each row, so its weights are repeated too."""
-        assert x.dim() == 3, "per-row stack weights need inputs of shape (rows, tokens, features)"
-        if weights.shape[0] not in (1, x.shape[0]):
+        if weights.shape[0] == 1:
+            return weights[0, :, None]
+        if x.dim() != 3:
+            raise ValueError(
+                "A projection sees the tokens of all rows in one line, as in some mixture-of-experts models, so rows cannot "
+                "have stacks of their own: answer one prompt at a time (for the router `eval_batch_size: 1`), or train with "
+                "it in `lora_exclude_modules`"
+            )
+        if weights.shape[0] != x.shape[0]:
             weights = weights.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
         return weights[:, None, :, None]
 

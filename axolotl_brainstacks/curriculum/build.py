@@ -40,7 +40,9 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
         peft_model = PeftModel.from_pretrained(model, str(plan.library_path))
         answering = tuner(peft_model)
         assert answering.resident is not None
-        answering.resident.max_bytes, answering.show_routes = plan.block.max_resident_bytes, True
+        answering.show_routes = True
+        if not plan.makes_router:  # which measures all stacks together
+            answering.resident.max_bytes = plan.block.max_resident_bytes
         if not answering.stacks:
             raise ValueError(f"{plan.library_path} has no stacks to answer with: run `axolotl train`")
         if not plan.makes_router:

@@ -20,6 +20,13 @@ class Conductor(AxolotlTrainer):
         CurriculumRunner(self.plan, self.model, self.processing_class).run()
         return TrainOutput(0, 0.0, {})
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`axolotl evaluate` would report one loss, under all stacks together."""
+        raise ValueError(
+            "`axolotl evaluate` does not know domains; their losses are in the library's report (`axolotl "
+            "brainstacks-library LIB list`, `report/report.html`), and lm-eval scores it in routed mode"
+        )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Under ZeRO-3 Axolotl saves through the trainer; what is left to save is the reference to the library."""
         if self.is_world_process_zero():

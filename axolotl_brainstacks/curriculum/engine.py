@@ -32,6 +32,8 @@ def release(trainer: Trainer) -> None:
     trainer.accelerator.free_memory()
     if trainer.deepspeed is not None:
         _unhook(trainer.deepspeed, trainer.model)
+    if isinstance(trainer.model, PeftModel) and "ref" in trainer.model.peft_config:
+        trainer.model.delete_adapter("ref")  # TRL's copy for DPO; the next round's trainer makes its own
     trainer.model_wrapped = None  # type: ignore[assignment]
     trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
     handler = trainer.callback_handler

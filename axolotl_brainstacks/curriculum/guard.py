@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ class Guard(TrainerCallback):
             self._stop(control, "patience")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        watched = [value for key, value in kwargs["logs"].items() if key.endswith(("loss", "grad_norm"))]
+        # With fp16 an infinite gradient is routine: the step is skipped and the loss scale halved.
+        endings = ("loss",) if args.fp16 else ("loss", "grad_norm")
+        watched = [value for key, value in kwargs["logs"].items() if key.endswith(endings)]
         if not all(math.isfinite(value) for value in watched if isinstance(value, float)):
             self._stop(control, "non-finite loss")
 
@@ -63,11 +66,16 @@ class Guard(TrainerCallback):
         control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Complete the checkpoint; the state file comes last, and without it the checkpoint does not count."""
+        """Complete the checkpoint; the state file comes last, and without it the checkpoint does not count.
+
+        The Trainer would train one more step from a checkpoint at which the round has ended, so that one never counts.
+        """
         barrier()  # what the other ranks write of it is there
-        if not args.should_save:
+        if not args.should_save or state.global_step >= state.max_steps or self.stop_reason != "finished":
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        # TRL's copy of the fresh stack for DPO; beside it the Trainer would not load the stack itself.
+        shutil.rmtree(folder / "ref", ignore_errors=True)
         for saved in folder.glob("global_step*"):
             (folder / "latest").write_text(saved.name)  # DeepSpeed writes it on the first node alone
         if self.best is not None:

@@ -40,6 +40,11 @@ _LOAD_TIME_PREFIXES = (
 def check_overlay(domain: DomainArgs) -> None:
     """Raises ValueError for a key that Axolotl does not know (it would ignore it), or that cannot differ by domain."""
     check_refused(domain.overlay, f" of domain `{domain.name}`")
+    if domain.overlay.get("rl") not in (None, "dpo"):
+        raise ValueError(
+            f"`rl` of domain `{domain.name}` is {domain.overlay['rl']!r}; of preference losses only `dpo` has a known value "
+            "before training, by which a round can be judged"
+        )
     known = merge_input_args()[1].model_fields
     for key in domain.overlay:
         if key not in known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from axolotl_brainstacks.adapter.model import PROJECTIONS
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.checks import check_refused, check_values
 from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid
-from axolotl_brainstacks.distributed import check_same, on_main, shared_by_all
+from axolotl_brainstacks.distributed import check_same, on_each_node, on_main, shared_by_all
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.manifest import MANIFEST
 from axolotl_brainstacks.storage import record_of
@@ -115,6 +116,8 @@ class Plan:
         done = self._done_domains()
         todo = [domain for domain in self.block.curriculum if domain.name not in done]
         if not todo:
+            # Of a run that was killed when all was done but this.
+            on_each_node(self._remove_leftovers)
             names = ", ".join(domain.name for domain in self.block.curriculum)
             print(f"Brainstacks: nothing to do, {self.library_path} holds all domains already: {names}")
             raise SystemExit(0)
@@ -124,6 +127,11 @@ class Plan:
         self.output_shared = shared_by_all(Path(self.raw["output_dir"]))
         first = self.stages[0]
         return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
+
+    def _remove_leftovers(self) -> None:
+        for domain in self.block.curriculum:
+            for folder in (Path(self.raw["output_dir"]) / "stages").glob(f"{domain.name}-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _done_domains(self) -> set[str]:
         """The domains that the library holds already. Raises ValueError if it is damaged, being written, or not the same

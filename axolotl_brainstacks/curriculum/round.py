@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,15 +77,16 @@ class Round(TrainerCallback):
         return cfg
 
     def _trainer(self, cfg: DictDefault, guard: Guard) -> Trainer:
-        trainer = setup_trainer(
-            cfg=cfg,
-            train_dataset=self.stage.train_dataset,
-            eval_dataset=self.stage.eval_dataset,
-            model=self.model,
-            tokenizer=self.runner.tokenizer,
-            processor=None,
-            total_num_steps=self.stage.total_steps,
-        )
+        with _tensorboard_logs(self.runner.output_dir / "runs" / f"{self.stage.name}-{self.number}"):
+            trainer = setup_trainer(
+                cfg=cfg,
+                train_dataset=self.stage.train_dataset,
+                eval_dataset=self.stage.eval_dataset,
+                model=self.model,
+                tokenizer=self.runner.tokenizer,
+                processor=None,
+                total_num_steps=self.stage.total_steps,
+            )
         PluginManager.get_instance().post_trainer_create(cfg, trainer)
         trainer.callback_handler.callbacks[:0] = [self, guard, self.runner.interruption]
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
@@ -200,6 +204,20 @@ class Round(TrainerCallback):
              for module, basis in columns.items() if f"base_model.model.{module}.brainstacks_B.weight" in tensors),
             default=0.0,
         )  # fmt: skip
+
+
+@contextmanager
+def _tensorboard_logs(folder: Path) -> Iterator[None]:
+    """Outside the stage's folder, which is removed; unless the user names a place, or writes no such logs."""
+    key = "TENSORBOARD_LOGGING_DIR"
+    if key in os.environ:
+        yield
+        return
+    os.environ[key] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[key]
 
 
 def _remove(*folders: Path) -> None:

@@ -155,6 +155,8 @@ class CurriculumRunner:
     def start_domain(self, stage: DomainStage) -> None:
         """Measure the base and list the domain, once; everything later rounds measure on is stored with it."""
         if on_main(lambda: self._entry(stage.name)) is not None:
+            # Rows given since would make the losses of its rounds incomparable.
+            stage.rows = on_main(lambda: unpack_rows(self.library.validation(stage.name)))
             return
         with self.tuner.using_stacks([]), self.model.disable_adapter():
             base_loss = self.loss(stage.rows)
@@ -167,7 +169,8 @@ class CurriculumRunner:
 
     def loss(self, rows: list[Row]) -> float:
         """Mean loss per answer token with the frozen stacks that are on."""
-        return mean_loss(self.model, rows, self.plan.stages[0].cfg.eval_batch_size)
+        raw = self.plan.raw  # not a stage's config, so that the same rows are padded alike in every stage
+        return mean_loss(self.model, rows, int(raw.get("eval_batch_size") or raw["micro_batch_size"]))
 
     def record(self, stage: DomainStage, record: RoundRecord, tensors: dict[str, Any] | None) -> RoundRecord:
         """Write a round into the library; a kept one with its stack. Returns the record as stored."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from axolotl.cli.args import TrainerCliArgs
@@ -35,10 +38,11 @@ class DomainStage:
     total_steps: int | None
     rows: list[Row]
 
-    @property
+    @cached_property
     def data(self) -> str:
         """The data in one line, the same for the same data."""
-        return f"{len(self.train_dataset)} rows, validation {record_of(pack_rows(self.rows)).sha256[:12]}"
+        training = f"{len(self.train_dataset)} rows {rows_hash(self.train_dataset)[:12]}"
+        return f"{training}, validation {record_of(pack_rows(self.rows)).sha256[:12]}"
 
 
 def stage_config(raw: dict[str, Any], domain: DomainArgs) -> DictDefault:
@@ -87,6 +91,15 @@ def _load(name: str, cfg: DictDefault, block: BrainstacksBlock) -> DomainStage:
     if not any(label != IGNORED for row in rows for label in row.labels[1:]):
         raise ValueError(f"No validation row of domain `{name}` has an answer token to predict; check its `type:`")
     return DomainStage(name, cfg, meta.train_dataset, meta.eval_dataset, meta.total_num_steps, rows)
+
+
+def rows_hash(dataset: Dataset) -> str:
+    """SHA-256 over what a trainer learns from: tokens and labels, or the texts of preference pairs."""
+    learned = [name for name in ("input_ids", "labels", "prompt", "chosen", "rejected") if name in dataset.column_names]
+    digest = hashlib.sha256()
+    for rows in dataset.select_columns(learned).iter(batch_size=1000):
+        digest.update(json.dumps(rows, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def answer_rows(dataset: Dataset, cfg: DictDefault, limit: int) -> list[Row]:
