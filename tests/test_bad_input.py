@@ -363,7 +363,8 @@ def test_commands_fail_with_the_error_at_their_end(config: dict[str, Any], tmp_p
         command, case, _ = cases[number]
         path = tmp_path / f"{number}.yml"
         path.write_text(yaml.safe_dump(case | {"output_dir": str(tmp_path / f"out{number}")}))
-        return run_axolotl([command, path], tmp_path, expect=None)
+        launcher = ["--launcher", "python"] if command == "train" else []
+        return run_axolotl([command, path, *launcher], tmp_path, expect=None)
 
     with ThreadPoolExecutor() as pool:
         logs = list(pool.map(run, range(len(cases))))

@@ -4,6 +4,7 @@ The hub is out of reach here: a tiny model of the same family stands in for each
 columns and fresh random rows for the datasets.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,9 @@ SMALL = {
     "gradient_accumulation_steps": 1, "val_set_size": 0.25, "learning_rate": 0.01, "warmup_ratio": 0.0,
     "dataset_num_proc": 0,
 }  # fmt: skip
+
+# Packing does not take 0 processes to map with; and in processes of its own it would compile itself every time.
+PACKED = {"dataset_num_proc": 1, "sample_packing_sequentially": True}
 
 
 def example(name: str) -> dict[str, Any]:
@@ -234,29 +238,36 @@ def test_answers_and_nothing_else_are_learned(
 
 
 def test_one_more_domain_with_sample_packing(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """brainstacks_stack_onto.yml by the real command, onto a library of brainstacks_tinyllama.yml."""
+    """brainstacks_stack_onto.yml by the commands as a user types them, onto a library of brainstacks_tinyllama.yml.
+
+    `preprocess` trains nothing, an option beats the file, and folders may have spaces in their names.
+    """
+    folder = tmp_path / "my experiments"
+    folder.mkdir()
     first = example("tinyllama")
     first["brainstacks"]["domains"] = first["brainstacks"]["domains"][:1]
-    localised(first, tiny_llama_dir, tmp_path)
-    train(first, tmp_path)
-    before = Library.open(tmp_path / "library").manifest
+    localised(first, tiny_llama_dir, folder)
+    train(first, folder)
+    before = Library.open(folder / "library").manifest
     assert [stack.name for stack in before.stacks] == ["s001_chat"]
 
     config = example("stack_onto")
-    localised(config, tiny_llama_dir, tmp_path)
+    localised(config, tiny_llama_dir, folder)
     assert config["sample_packing"] is True
-    # Packing does not take 0 processes, and leaves out a batch that short rows do not fill.
-    config |= {"dataset_num_proc": 1, "sequence_len": 96, "val_set_size": 0.5}
-    path = tmp_path / "stack_onto.yml"
+    config |= PACKED | {"sequence_len": 96, "val_set_size": 0.5}  # a batch that short rows do not fill is left out
+    path = folder / "my config.yml"
     path.write_text(yaml.safe_dump(config))
-    run_axolotl(["train", path], tmp_path)
-    library = Library.open(tmp_path / "library")
+    prepared = len(list((folder / "prepared").iterdir()))
+    run_axolotl(["preprocess", path], tmp_path)
+    assert Library.open(folder / "library").manifest == before and len(list((folder / "prepared").iterdir())) > prepared
+    run_axolotl(["train", path, "--max-steps", "3"], tmp_path)
+    library = Library.open(folder / "library")
     assert library.verify() == []
     assert [domain.name for domain in library.manifest.domains] == ["chat", "summaries"]
     assert library.manifest.domains[0] == before.domains[0]
     # A random model may learn nothing from few rows; then the round is recorded and its stack is not kept.
     (summaries,) = library.manifest.domains[1:]
-    assert summaries.done and summaries.rounds
+    assert summaries.done and [record.steps for record in summaries.rounds] == [3]
     names = ["s001_chat", *(record.stack for record in summaries.rounds if record.kept)]
     assert [stack.name for stack in library.manifest.stacks] == names
     assert library.manifest.stacks[0] == before.stacks[0]
@@ -276,8 +287,10 @@ def test_deepspeed_with_sample_packing(tiny_llama_dir: Path, tmp_path: Path) -> 
     engine = Path(config["deepspeed"]).stem
     config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
     localised(config, tiny_llama_dir, tmp_path)
-    config = with_engine(config, engine, tmp_path) | {"dataset_num_proc": 1}  # packing does not take 0
-    log = train_ranks(config, tmp_path, expect=1)
+    config = with_engine(config, engine, tmp_path) | PACKED
+    alone = copy.deepcopy(config)
+    del alone["brainstacks"]["domains"][1]
+    log = train_ranks(alone, tmp_path, expect=1)
     assert "The rows of `datasets` of domain `chat` do not fill one batch on each of 2 processes" in log
     assert Library.open(tmp_path / "library").manifest.domains == []
 
@@ -308,23 +321,3 @@ def test_multimodal_gemma_in_4bit(tiny_gemma_dir: Path, tmp_path: Path) -> None:
     base = AutoModelForImageTextToText.from_pretrained(tiny_gemma_dir, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
     assert loaded(torch.randint(0, 500, (1, 7))).logits.isfinite().all()
-
-
-def test_preprocess_overrides_and_spaces(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """The commands as a user types them: `preprocess` trains nothing, and an option beats the file."""
-    folder = tmp_path / "my experiments"
-    folder.mkdir()
-    config = example("tinyllama")
-    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:1]
-    localised(config, tiny_llama_dir, folder)
-    config["brainstacks"]["domains"][0].pop("max_steps", None)
-    path = folder / "my config.yml"
-    path.write_text(yaml.safe_dump(config))
-    run_axolotl(["preprocess", path], tmp_path)
-    assert not Library.exists(folder / "library") and any((folder / "prepared").iterdir())
-    run_axolotl(["train", path, "--max-steps", "3"], tmp_path)
-    library = Library.open(folder / "library")
-    assert library.verify() == [] and [r.steps for r in library.manifest.domain("chat").rounds] == [3]
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, str(folder / "out"))
-    assert [stack.name for stack in loaded.base_model.stacks] == [stack.name for stack in library.manifest.stacks]

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner, Result
-from models import base_config, chat_dataset, run_axolotl, write_rows
+from models import base_config, chat_dataset, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
-from processes import train
+from processes import finish, start_train, train
 from routed import VOCABULARY, new_library, tiny_base, tuner_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -173,8 +172,7 @@ def test_loras_trained_by_axolotl_become_domains_with_a_router(tiny_llama_dir: P
     domains = [{"name": name, "datasets": [data[name]]} for name in names]
     block = {"library": str(tmp_path / "library"), "domains": domains, "router": router}
     config = base_config(tiny_llama_dir, tmp_path / "out", adapter="brainstacks", brainstacks=block, val_set_size=0.2)
-    (tmp_path / "router.yml").write_text(yaml.safe_dump(config))
-    run_axolotl(["brainstacks-router", tmp_path / "router.yml"], tmp_path)
+    finish([start_train(config, tmp_path, "router")], tmp_path)
     model = PeftModel.from_pretrained(fresh_base(tiny_llama_dir), str(tmp_path / "library")).eval()
     assert len(tuner_of(model).route(ids)) == len(ids)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import yaml
 from click.testing import CliRunner
 from models import base_config, chat_dataset, run_axolotl, write_rows
+from processes import finish, start_train
 from rich.console import Console
 from routed import add_domain, meter_of, new_library, random_rows, tiny_base
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -205,10 +206,10 @@ def test_the_command_makes_a_router(tiny: tuple[Path, Library], tmp_path: Path) 
     assert library.verify() == []
     assert (library.path / "report/report.html").read_text().count("data:image/png") == 2
     before = contents(library.path)
-    assert "nothing has changed" in run_axolotl(["brainstacks-router", path], tmp_path)
+    assert "nothing has changed" in finish([start_train(content, tmp_path / "again", "router")], tmp_path / "again")
     assert contents(library.path) == before
-    path = written(tmp_path, config(tmp_path, model, library.path, samples=12, seed=1))
-    assert "saved" in run_axolotl(["brainstacks-router", path], tmp_path)
+    content = config(tmp_path, model, library.path, samples=12, seed=1)
+    assert "saved" in finish([start_train(content, tmp_path / "seed", "router")], tmp_path / "seed")
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

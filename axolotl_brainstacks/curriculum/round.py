@@ -57,6 +57,7 @@ class Round(TrainerCallback):
             if checkpoint is not None:
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
                 guard.resume(checkpoint)
+                trainer.args.eval_on_start = False  # the guard would judge one more set of weights than undisturbed
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self.runner.interruption.leave_if_received()
             if guard.evaluated_step != trainer.state.global_step:
