@@ -309,11 +309,12 @@ def test_multimodal_gemma_in_4bit(tiny_gemma_dir: Path, tmp_path: Path) -> None:
     config["brainstacks"]["domains"] = [domains[0], domains[3]]
     config["brainstacks"]["router"]["soft_domains"] = []
     localised(config, tiny_gemma_dir, tmp_path)
-    train(config, tmp_path)
+    train(config | {"max_steps": 6, "eval_steps": 3}, tmp_path)
     library = Library.open(tmp_path / "library")
     assert library.verify() == []
     assert [domain.done for domain in library.manifest.domains] == [True, True]
-    assert [stack.name for stack in library.manifest.stacks] == ["s001_chat", "s002_medical"]
+    kept = [record.stack for domain in library.manifest.domains for record in domain.rounds if record.kept]
+    assert "s001_chat" in kept and [stack.name for stack in library.manifest.stacks] == kept
     for stack in library.manifest.stacks:
         assert {".".join(key.split(".")[2:5]) for key in library.stack_tensors(stack.name)} == {
             "model.language_model.layers"
