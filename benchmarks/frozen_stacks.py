@@ -22,7 +22,7 @@ from models import (
 from peers import with_loops
 
 COUNTS = (0, 1, 2, 4, 8, 9, 16)
-SHORT_COUNTS = (0, 4, 9, 16)
+SHORT_COUNTS = (0, 9, 16)
 GEMMA_ROWS = 1
 
 

@@ -17,7 +17,7 @@ SHAPES = [(1, 1), (2, 1), (4, 2), (5, 3), (4, 4)]
 @pytest.mark.parametrize("experts,k", SHAPES)
 def test_gates_are_the_softmax_of_the_k_largest_logits(experts: int, k: int) -> None:
     logits = torch.randn(3, 7, experts, dtype=torch.float64) * 3
-    gates = top_k_gates(logits, k)
+    gates, _ = top_k_gates(logits, k)
     for row, gate in zip(logits.flatten(0, 1).tolist(), gates.flatten(0, 1).tolist(), strict=True):
         kept = sorted(range(experts), key=lambda e: -row[e])[:k]
         total = sum(math.exp(row[e]) for e in kept)
@@ -30,7 +30,7 @@ def test_gates_are_the_softmax_of_the_k_largest_logits(experts: int, k: int) -> 
 def test_exactly_k_gates_are_not_zero_also_under_ties(experts: int, k: int, dtype: torch.dtype) -> None:
     tied = torch.randint(0, 2, (2, 50, experts)).to(dtype)
     for logits in (tied, torch.zeros_like(tied), torch.randn_like(tied)):
-        gates = top_k_gates(logits, k)
+        gates, _ = top_k_gates(logits, k)
         assert gates.dtype == dtype and gates.shape == logits.shape
         assert ((gates != 0).sum(-1) == k).all()
         torch.testing.assert_close(gates.float().sum(-1), torch.ones(2, 50), rtol=0, atol=1e-2)
@@ -41,7 +41,7 @@ def test_the_gates_gradient_is_exact() -> None:
     logits = torch.stack([torch.randperm(5).double() + 0.3 * torch.rand(5).double() for _ in range(6)])
     logits.requires_grad_()
     for k in (1, 2, 3, 5):
-        assert torch.autograd.gradcheck(lambda x, k=k: top_k_gates(x, k), logits)
+        assert torch.autograd.gradcheck(lambda x, k=k: top_k_gates(x, k)[0], logits)
 
 
 def reference_balance(logits: Tensor, k: int, real: Tensor | None = None) -> Tensor:
@@ -134,7 +134,7 @@ def test_bf16_is_as_near_to_the_truth_as_the_plain_formulas() -> None:
     ones = torch.ones((), dtype=torch.float64)
     expected, _ = reference_gated(exact, gating, ones, ones)
     z, _ = gated(rounded, gating)
-    gates = (top_k_gates(plain[..., :4].float(), 2) * 4.0).bfloat16().unsqueeze(-1)
+    gates = (top_k_gates(plain[..., :4].float(), 2)[0] * 4.0).bfloat16().unsqueeze(-1)
     plain_z = (plain[..., 4:].unflatten(-1, (4, 16)) * gates).flatten(-3)
 
     def error(value: Tensor, truth: Tensor) -> float:
@@ -301,7 +301,7 @@ def test_statistics_are_the_mean_use_and_balance_over_training_forwards() -> Non
         uses, losses = [], []
         for x in inputs[:3]:
             logits = x @ layer.brainstacks_A["default"].weight[:4].T
-            uses.append((top_k_gates(logits, 2) != 0).flatten(0, -2).float().mean(0) / 2)
+            uses.append((top_k_gates(logits, 2)[0] != 0).flatten(0, -2).float().mean(0) / 2)
             losses.append(float(reference_balance(logits, 2).detach()))
         torch.testing.assert_close(layer.statistics[:4], torch.stack(uses).sum(0), rtol=1e-5, atol=1e-6)
         assert float(layer.statistics[4]) == pytest.approx(sum(losses), rel=1e-5)

@@ -48,23 +48,13 @@ class BatchTokens:
         return self.share if self.share is not None and self.share.shape[:-2] == x.shape[:-1] else None
 
 
-def top_k_gates(logits: Tensor, k: int) -> Tensor:
-    """Softmax over the k largest logits of the last dimension, exactly 0 elsewhere.
+def top_k_gates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Softmax over the k largest logits of the last dimension, exactly 0 elsewhere; and where those k are.
 
-    Exactly k gates are non-zero, also when logits tie. Shape and dtype are those of `logits`.
+    Exactly k are chosen, also when logits tie. Shape and dtype of the gates are those of `logits`.
     """
-    powers, kept = _powers(logits, k)
-    return _shares(powers * kept)
-
-
-def _powers(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``exp(logits - max)``, and 1 at each token's k largest logits, 0 elsewhere."""
-    values, indices = logits.topk(k, dim=-1)
-    return (logits - values[..., :1]).exp(), torch.zeros_like(logits).scatter(-1, indices, 1.0)
-
-
-def _shares(powers: Tensor) -> Tensor:
-    return powers / powers.sum(-1, keepdim=True)
+    values, chosen = logits.topk(k, dim=-1)
+    return torch.zeros_like(logits).scatter_(-1, chosen, values.softmax(-1)), chosen
 
 
 def gated(
@@ -86,7 +76,10 @@ def gated(
         z (..., stacks * n * r), and counts (n + 2): each expert's share of the assignments, the balance loss
         (k when all are used alike, up to n when k get everything), and 1; empty without `gating.balance`.
     """
-    z, counts = _Gated.apply(h, gating, weights, share)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and h.requires_grad:
+        z, counts = _Gated.apply(h, gating, weights, share)  # type: ignore[no-untyped-call]
+        return z, counts
+    z, counts, _ = _gate(h, gating, weights, share)
     return z, counts
 
 
@@ -97,38 +90,45 @@ def multiply_add(y: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
     return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), matrix).view(y.shape)
 
 
+def _gate(
+    h: Tensor, gating: Gating, weights: Tensor | None, share: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """What `gated` returns, and what its backward needs besides z."""
+    n, lead = gating.n, gating.n * (2 if gating.noise_rows else 1)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    logits = h[..., :n].to(wide)
+    noise = scale = None
+    if gating.noisy:
+        scale = h[..., n : 2 * n].to(wide)
+        noise = torch.randn_like(logits)
+        logits = torch.addcmul(logits, F.softplus(scale), noise)
+    gates, chosen = top_k_gates(logits, gating.k)
+    factors = gates * gating.scaling
+    if weights is not None:
+        factors = factors * weights
+    z = (h[..., lead:].unflatten(-1, (n, gating.r)) * factors.unsqueeze(-1)).to(h.dtype)
+    counts = logits.new_empty(0)
+    probabilities = use = None
+    if gating.balance is not None:
+        probabilities = logits.softmax(-1)
+        if share is None:
+            share = logits.new_full((), n / logits.numel())
+        kept = torch.zeros_like(logits).scatter_(-1, chosen, 1.0)
+        use = (kept * share).flatten(0, -2).sum(0) / gating.k
+        loss = n * gating.k * ((probabilities * share).flatten(0, -2).sum(0) * use).sum()
+        counts = torch.cat([use, loss.view(1), loss.new_ones(1)])
+    return z.flatten(-3), counts, (gates, factors, scale, noise, probabilities, use, share)
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, gating: Gating, weights: Tensor | None, share: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        n, lead = gating.n, gating.n * (2 if gating.noise_rows else 1)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        logits = h[..., :n].to(wide)
-        noise = scale = None
-        if gating.noisy:
-            scale = h[..., n : 2 * n].to(wide)
-            noise = torch.randn_like(logits)
-            logits = torch.addcmul(logits, F.softplus(scale), noise)
-        powers, kept = _powers(logits, gating.k)
-        gates = _shares(powers * kept)
-        factors = gates * gating.scaling
-        if weights is not None:
-            factors = factors * weights
-        z = (h[..., lead:].unflatten(-1, (n, gating.r)) * factors.unsqueeze(-1)).to(h.dtype)
-        counts = logits.new_empty(0)
-        probabilities = use = None
-        if gating.balance is not None:
-            probabilities = _shares(powers)
-            if share is None:
-                share = logits.new_full((), n / logits.numel())
-            use = (kept * share).flatten(0, -2).sum(0) / gating.k
-            loss = n * gating.k * ((probabilities * share).flatten(0, -2).sum(0) * use).sum()
-            counts = torch.cat([use, loss.view(1), loss.new_ones(1)])
-        z = z.flatten(-3)
+        z, counts, kept = _gate(h, gating, weights, share)
         ctx.gating = gating
         ctx.mark_non_differentiable(counts)
-        ctx.save_for_backward(z, gates, factors, scale, noise, probabilities, use, share)
+        ctx.save_for_backward(z, *kept)
         return z, counts
 
     @staticmethod
