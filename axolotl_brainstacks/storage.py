@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,6 +75,19 @@ def write_durably(path: Path, data: bytes) -> FileRecord:
         message = f"disk full, {len(data)} bytes are needed: free some space and run the same command again"
         raise OSError(error.errno, message, str(path)) from error
     return record_of(data)
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Turns what the libraries that write checkpoints say of a full disk, each in its way, into one clear OSError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        signs = ("No space left", "Disk quota exceeded", "PytorchStreamWriter failed")
+        if not any(sign in str(error) for sign in signs):
+            raise
+        message = "disk full: free some space and run the same command again"
+        raise OSError(errno.ENOSPC, message, str(folder)) from error
 
 
 def make_writable(folder: Path) -> None:

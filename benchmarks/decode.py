@@ -21,7 +21,7 @@ from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.routing.router import Router, RouterConfig
 
 DOMAINS = ["chat", "code", "math", "medical"]
-PROMPT, ANSWER = 64, 32
+PROMPT, ANSWER = 64, 24
 COUNTS = (0, 1, 2, 4, 6, 8)
 SHORT_COUNTS = (0, 4, 8)
 

@@ -23,7 +23,7 @@ from axolotl.loaders import ModelLoader, load_tokenizer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.tee import close_debug_log
 from models import base_config, chat_dataset, run_axolotl, tiny_llama, write_rows
-from processes import train
+from processes import finish, start_train, train, wait_for
 
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.library import Library
@@ -189,6 +189,7 @@ def without_data(config: dict[str, Any]) -> None:
             (top(**{key: value}), rf"`{key}` cannot be used with `adapter: brainstacks`: ")
             for key, value in (
                 ("lora_rank_pattern", {"q_proj": 8}), ("peft_init_lora_weights", "gaussian"), ("loraplus_lr_ratio", 16),
+                ("save_only_model", True),
             )
         ),
         (last_domain(rl="orpo"), r"`rl` of domain `math` is 'orpo'; of preference losses only `dpo` has a known value"),
@@ -335,6 +336,19 @@ def test_a_library_that_another_process_writes(config: dict[str, Any]) -> None:
     start(config | {"brainstacks": config["brainstacks"] | {"domains": config["brainstacks"]["domains"][:2]}})
 
 
+def test_a_library_that_another_process_changed(config: dict[str, Any], tmp_path: Path) -> None:
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    library = Path(config["brainstacks"]["library"])
+    process = start_train(config, tmp_path / "run")
+    wait_for([process], tmp_path / "run", "Loading the data of domain")
+    with Library.open(library).writing() as opened:
+        opened.update_domain("chat", soft=True)
+    before = contents(config)
+    log = finish([process], tmp_path / "run", expect=1)
+    assert_failed(log, rf"The library {re.escape(str(library))} has been changed since this run read it: run the same")
+    assert contents(config) == before
+
+
 # Through the command
 
 
@@ -417,4 +431,19 @@ def test_a_disk_that_fills_up_while_saving(config: dict[str, Any], small_disk: P
     } == {file: digest for file, digest in before.items() if file != "manifest.json"}
     ballast.unlink()
     train(config, tmp_path / "run")
+    assert [s.name for s in Library.open(library).manifest.stacks] == ["s001_chat", "s002_code"]
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint(config: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    library = Path(config["brainstacks"]["library"])
+    config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
+    config |= {"output_dir": str(small_disk / "out"), "save_steps": 1, "save_strategy": "steps"}
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 1_000_000))
+    log = train(config, tmp_path / "run", expect=1)
+    assert re.search(r"OSError: .*disk full: free some space and run the same command again", log[-3000:])
+    opened = Library.open(library)
+    assert opened.verify() == [] and [s.name for s in opened.manifest.stacks] == ["s001_chat"]
+    ballast.unlink()
+    train(config | {"output_dir": str(tmp_path / "out")}, tmp_path / "run")
     assert [s.name for s in Library.open(library).manifest.stacks] == ["s001_chat", "s002_code"]

@@ -103,6 +103,21 @@ def test_a_round_killed_after_its_last_step_trains_no_further(
     assert contents(tmp_path / "out" / "library") == contents(library)
 
 
+def test_a_signal_after_the_last_step_keeps_the_round(
+    undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path
+) -> None:
+    config, library, _ = undisturbed
+    config = config | {"output_dir": str(tmp_path / "out"), "save_steps": 1000}
+    process = start_train(config, tmp_path)
+    wait_for([process], tmp_path, "chat/round1/train_runtime")
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert [stack.name for stack in Library.open(tmp_path / "out/library").manifest.stacks] == ["s001_chat"]
+    train(config, tmp_path)
+    assert contents(tmp_path / "out" / "library") == contents(library)
+
+
 def test_a_half_done_domain_is_judged_on_the_rows_it_began_with(
     undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path
 ) -> None:

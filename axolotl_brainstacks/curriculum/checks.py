@@ -19,6 +19,7 @@ REFUSED = {
     "resume_from_checkpoint": "the same `axolotl train` command resumes by itself",
     "fsdp": "FSDP is not supported; use `deepspeed:`",
     "fsdp_config": "FSDP is not supported; use `deepspeed:`",
+    "save_only_model": "an interrupted round could not be resumed",
     "reward_model": "reward models are not supported",
     "process_reward_model": "reward models are not supported",
     "peft_use_dora": "stacks have no DoRA magnitude",

@@ -55,10 +55,14 @@ class Guard(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # With fp16 an infinite gradient is routine: the step is skipped and the loss scale halved.
-        endings = ("loss",) if args.fp16 else ("loss", "grad_norm")
-        watched = [value for key, value in kwargs["logs"].items() if key.endswith(endings)]
+        endings = ("/loss",) if args.fp16 else ("/loss", "/grad_norm")
+        watched = [value for key, value in kwargs["logs"].items() if f"/{key}".endswith(endings)]
         if not all(math.isfinite(value) for value in watched if isinstance(value, float)):
             self._stop(control, "non-finite loss")
+
+    def ended(self, state: TrainerState) -> bool:
+        """Whether the round has trained all it will."""
+        return state.global_step >= state.max_steps or self.stop_reason != "finished"
 
     def _stop(self, control: TrainerControl, reason: str) -> None:
         LOG.warning("This round ends early (%s); the best validation loss so far was %.4f", reason, self.best_loss)
@@ -71,7 +75,7 @@ class Guard(TrainerCallback):
         The Trainer would train one more step from a checkpoint at which the round has ended, so that one never counts.
         """
         barrier()  # what the other ranks write of it is there
-        if not args.should_save or state.global_step >= state.max_steps or self.stop_reason != "finished":
+        if not args.should_save or self.ended(state):
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         # TRL's copy of the fresh stack for DPO; beside it the Trainer would not load the stack itself.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ class Plan:
     makes_router: bool = False
     inside_stage: bool = False
     output_shared: bool = True
+    library_seen: str = ""
     stages: list[DomainStage] = field(default_factory=list)
 
     @classmethod
@@ -117,7 +118,7 @@ class Plan:
         todo = [domain for domain in self.block.curriculum if domain.name not in done]
         if not todo:
             # Of a run that was killed when all was done but this.
-            on_each_node(self._remove_leftovers)
+            on_each_node(self.remove_leftovers)
             names = ", ".join(domain.name for domain in self.block.curriculum)
             print(f"Brainstacks: nothing to do, {self.library_path} holds all domains already: {names}")
             raise SystemExit(0)
@@ -128,23 +129,41 @@ class Plan:
         first = self.stages[0]
         return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
+        """Remove what rounds of these domains left in `output_dir`; another run's may be beside it."""
+        stages = Path(self.raw["output_dir"]) / "stages"
         for domain in self.block.curriculum:
-            for folder in (Path(self.raw["output_dir"]) / "stages").glob(f"{domain.name}-*"):
+            for folder in stages.glob(f"{domain.name}-*"):
                 shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            stages.rmdir()
+
+    def check_same_library(self) -> None:
+        """Raises ValueError on every rank unless all of them see the same library."""
+        self.library_seen = self._library_state()
+        check_same(
+            f"The library {self.library_path}",
+            self.library_seen,
+            "put it on a file system that all nodes share, or copy it from the first node to the others",
+        )
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if the library is not what `check_same_library` saw. To be called under its lock."""
+        if self._library_state() != self.library_seen:
+            raise ValueError(
+                f"The library {self.library_path} has been changed since this run read it: run the same command again"
+            )
+
+    def _library_state(self) -> str:
+        manifest = self.library_path / MANIFEST
+        return f"manifest {record_of(manifest.read_bytes()).sha256[:12]}" if manifest.is_file() else "nothing there"
 
     def _done_domains(self) -> set[str]:
         """The domains that the library holds already. Raises ValueError if it is damaged, being written, or not the same
         for every process."""
         on_main(self._check_library)
-        manifest = self.library_path / MANIFEST
-        seen = f"manifest {record_of(manifest.read_bytes()).sha256[:12]}" if manifest.is_file() else "nothing there"
-        check_same(
-            f"The library {self.library_path}",
-            seen,
-            "put it on a file system that all nodes share, or copy it from the first node to the others",
-        )
-        if not manifest.is_file():
+        self.check_same_library()
+        if not (self.library_path / MANIFEST).is_file():
             self.block.check_names([])
             return set()
         library = Library.open(self.library_path)

@@ -27,6 +27,7 @@ from axolotl_brainstacks.curriculum.stages import DomainStage
 from axolotl_brainstacks.distributed import on_each_node, on_main
 from axolotl_brainstacks.library import RoundRecord
 from axolotl_brainstacks.nullspace import leakage
+from axolotl_brainstacks.storage import full_disk_named
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.curriculum.runner import CurriculumRunner
@@ -58,8 +59,10 @@ class Round(TrainerCallback):
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
                 guard.resume(checkpoint)
                 trainer.args.eval_on_start = False  # the guard would judge one more set of weights than undisturbed
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            self.runner.interruption.leave_if_received()
+            with full_disk_named(Path(cfg.output_dir)):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if not guard.ended(trainer.state):
+                self.runner.interruption.leave_if_received()
             if guard.evaluated_step != trainer.state.global_step:
                 trainer.evaluate()
             guard.restore_best()
@@ -75,6 +78,8 @@ class Round(TrainerCallback):
         cfg = copy.deepcopy(self.stage.cfg)
         cfg.output_dir = str(self.runner.output_dir / "stages" / f"{self.stage.name}-{self.number}")
         cfg.seed = cfg.seed + self.number - 1
+        # The Trainer removes the checkpoint before the last one while the last one is not complete yet.
+        cfg.save_total_limit = max(cfg.save_total_limit, 2)
         return cfg
 
     def _trainer(self, cfg: DictDefault, guard: Guard) -> Trainer:
@@ -192,9 +197,9 @@ class Round(TrainerCallback):
             self.tuner.detach_stack(frozen)
             return runner.record(self.stage, record, None)
         LOG.info("%s, round %d: validation loss %.4f -> %.4f", name, self.number, self.loss_before, loss_after)
+        runner.report_samples(self.stage, self.number)
         record = runner.record(self.stage, record, tensors)
         assert record.stack == frozen
-        runner.report_samples(self.stage, self.number)
         return record
 
     def _leakage(self, tensors: dict[str, Any]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,13 +47,19 @@ class CurriculumRunner:
             for number, stage in enumerate(self.plan.stages, start=1):
                 LOG.info("Domain %s (%d of %d)", stage.name, number, len(self.plan.stages))
                 self._train_domain(stage)
-            on_each_node(lambda: shutil.rmtree(self.output_dir / "stages", ignore_errors=True))
+            on_each_node(self.plan.remove_leftovers)
         self._become_a_reference()
 
     def _open(self, base: BaseModelInfo, stack: ExitStack) -> None:
         path = self.plan.library_path
-        self.library = Library.open(path) if Library.exists(path) else Library.create(path, base)
-        stack.enter_context(self.library.writing())
+        if Library.exists(path):
+            self.library = Library.open(path)
+            stack.enter_context(self.library.writing())
+            self.plan.check_unchanged()
+        else:
+            self.plan.check_unchanged()
+            self.library = Library.create(path, base)
+            stack.enter_context(self.library.writing())
         # From the first stack on, so that an interrupted curriculum can be loaded too.
         self.library.write_root_config(library_config(self.plan.raw["base_model"], ".").to_dict())
 

@@ -47,8 +47,8 @@ class Interruption(TrainerCallback):
             signal.raise_signal(number)
         self._time = min(self._time, now)
         if not self.received:
+            self.received = number  # first: where the signal came amid a write, logging may fail
             LOG.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
-            self.received = number
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if world()[1] > 1:

@@ -13,7 +13,7 @@ from rich.console import Console
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.build import tuner
 from axolotl_brainstacks.curriculum.engine import forwards
-from axolotl_brainstacks.distributed import is_main, on_main
+from axolotl_brainstacks.distributed import check_same, is_main, on_main
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.plugin import BrainstacksPlugin
 from axolotl_brainstacks.report import PAGE
@@ -41,11 +41,14 @@ def run(config: str) -> None:
     if plan is None:
         raise ValueError(f"{config} does not say `adapter: brainstacks`: a router belongs to a library of stacks")
     plan.makes_router = True
+    plan.check_same_library()
     library = Library.open(plan.library_path)
     domains = checked_domains(library, plan.block)
     samples = load_samples(plan, library, domains)
     split(samples, plan.block.router)
-    evaluation = on_main(lambda: made_before(library, origin(library, samples, plan.block.router)))
+    digest = origin(library, samples, plan.block.router)
+    check_same("The router's prompts", digest[:12], "give all nodes the same files")
+    evaluation = on_main(lambda: made_before(library, digest))
     if evaluation is not None:
         _show(library, evaluation, "nothing has changed since it was made")
         return
@@ -56,6 +59,7 @@ def run(config: str) -> None:
 
         def lock() -> None:
             stack.enter_context(library.writing())
+            plan.check_unchanged()
 
         on_main(lock)
         evaluation = make_router(library, meter, samples, plan.block.router)
