@@ -38,7 +38,7 @@ def moment(folder: Path, library: Path) -> str:
         return "while the library was written"
     checkpoints = sorted((folder / "out").glob("stages/*/checkpoint-*"))
     if any(not (checkpoint / "brainstacks_guard.json").exists() for checkpoint in checkpoints):
-        return "while a checkpoint was written"
+        return "in a round, with its last or an unfinished checkpoint"
     return "in a round with a checkpoint" if checkpoints else "without a checkpoint"
 
 
