@@ -136,6 +136,10 @@ class BrainstacksBlock(_Strict):
     context: Literal["curriculum", "isolated"] = Field(
         default="curriculum", description="Whether earlier domains' stacks are on while a new one trains."
     )
+    offload_frozen: bool = Field(
+        default=False,
+        description="Keep frozen stacks in CPU memory; a layer's are copied to the GPU while the one before computes.",
+    )
     max_resident_bytes: int | None = Field(
         default=None, ge=1, description="Most memory for stacks when answering; those used least recently leave first."
     )

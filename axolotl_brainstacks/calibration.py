@@ -102,7 +102,7 @@ def _moments(
         for layer in layers:
             gram = grams[layer].total
             assert gram is not None
-            moments[layer] = sum_over_ranks(gram), layer.bank.output_matrix().float()
+            moments[layer] = sum_over_ranks(gram), layer.bank.output_matrix().to(gram.device, torch.float32)
     model.train(was_training)
     return moments
 

@@ -1,9 +1,10 @@
-"""Time per token of a routed answer, 2 domains x 2 stacks, against the base model; and how it grows with stacks."""
+"""Time per token of a routed answer, 2 domains x 2 stacks, against the base model: SmolLM2-135M, whose growth with
+stacks is measured too, and a Gemma 3 12B layer."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -13,7 +14,8 @@ import torch
 from frozen_stacks import line
 from libraries import load, new_library
 from measure import Result, alternate, compare, folder, main, repeats, synchronise
-from models import random_ids, smollm2, tuner_of
+from models import gemma3_12b_layer, random_ids, smollm2, tuner_of
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from axolotl_brainstacks.args import RouterArgs
@@ -44,9 +46,36 @@ class Clock(BaseStreamer):
 
 
 def run(short: bool) -> Result:
-    base = smollm2().eval()
-    ids = random_ids(base, 1, PROMPT)
     counts = SHORT_COUNTS if short else COUNTS
+    smol, smol_whole = measured(smollm2(), DOMAINS, counts, short)
+    gemma, gemma_whole = measured(gemma3_12b_layer(), DOMAINS[:2], (), short)
+    growth = {str(count): median(smol[f"{count} stacks"]) for count in counts}
+    chart(growth, median(smol["base"]), folder(short) / "decode.png")
+    token, peer = "decode, a token, 2 domains x 2 stacks", "base model without PEFT"
+    return Result(
+        [
+            compare(f"{token}, SmolLM2-135M", peer, smol["routed"], smol["base"], reach=1.25),
+            compare(f"{token}, one Gemma 3 12B layer", peer, gemma["routed"], gemma["base"], reach=1.25),
+            compare(f"answer of {ANSWER} tokens, SmolLM2-135M", peer, smol_whole["routed"], smol_whole["base"]),
+            compare("decode, a token, 8 stacks, SmolLM2-135M", peer, smol["8 stacks"], smol["base"]),
+            compare("choosing a prompt's route", "base model's token", smol_whole["router"], smol["base"]),
+        ],
+        {"prompt": PROMPT, "answer": ANSWER, "rows": 1, "counts": counts},
+        {
+            "smollm2": smol,
+            "gemma": gemma,
+            "answers": {"smollm2": smol_whole, "gemma": gemma_whole},
+            "fit": line(growth),
+        },
+    )
+
+
+def measured(
+    base: PreTrainedModel, domains: Sequence[str], counts: Sequence[int], short: bool
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds a token, and of whole answers and of the `router`: of the `base` model, `routed`, and with `n stacks` on."""
+    base.eval()
+    ids = random_ids(base, 1, PROMPT)
     per_token: dict[str, list[float]] = {}
 
     def answer(name: str, model: Any, **settings: Any) -> Callable[[], None]:
@@ -68,13 +97,14 @@ def run(short: bool) -> Result:
         return generate
 
     with TemporaryDirectory() as path:
-        library = new_library(Path(path) / "library", base, DOMAINS, 2)
-        with_router(library, base.config.hidden_size)
+        library = new_library(Path(path) / "library", base, domains, 2)
+        with_router(library, domains, base.config.hidden_size)
         model = load(library, base)
         tuner = tuner_of(model)
         stacks = [stack.name for stack in tuner.stacks]
         tuner.use_stacks(None)  # all are in memory from here on
-        runs = {"base": answer("base", base), "routed": answer("routed", model, domains={"chat": 1.0, "code": 0.8})}
+        weights = dict(zip(domains[:2], (1.0, 0.8), strict=True))
+        runs = {"base": answer("base", base), "routed": answer("routed", model, domains=weights)}
         runs |= {f"{count} stacks": answer(f"{count} stacks", model) for count in counts}
 
         def prepare(name: str) -> None:
@@ -83,32 +113,16 @@ def run(short: bool) -> Result:
                 tuner.use_stacks(stacks[:count], torch.full((1, count), 0.9))
 
         whole = alternate(runs, repeats(short), prepare)
-        routing = alternate({"router": lambda: model.route(ids)}, repeats(short))["router"]
-    per_token = {name: values[1:] for name, values in per_token.items()}  # without the warm-up
-    growth = {str(count): median(per_token[f"{count} stacks"]) for count in counts}
-    chart(growth, median(per_token["base"]), folder(short) / "decode.png")
-    return Result(
-        [
-            compare(
-                "decode, a token, 2 domains x 2 stacks",
-                "base model without PEFT",
-                per_token["routed"],
-                per_token["base"],
-                reach=1.25,
-            ),
-            compare(f"answer of {ANSWER} tokens, 2 domains x 2 stacks", "the same", whole["routed"], whole["base"]),
-            compare("decode, a token, 8 stacks", "the same", per_token["8 stacks"], per_token["base"]),
-            compare("choosing a prompt's route", "base model's token", routing, per_token["base"]),
-        ],
-        {"model": "SmolLM2-135M shapes", "prompt": PROMPT, "answer": ANSWER, "rows": 1, "counts": counts},
-        {"per_token": per_token, "answer": whole, "routing": routing, "fit": line(growth)},
-    )
+        whole |= alternate({"router": lambda: model.route(ids)}, repeats(short))
+    return {name: values[1:] for name, values in per_token.items()}, whole  # without the warm-up
 
 
-def with_router(library: Library, features: int) -> None:
+def with_router(library: Library, domains: Sequence[str], features: int) -> None:
     """A router of the usual size that has learned nothing."""
     args = RouterArgs()
-    config = RouterConfig(domains=DOMAINS, features=features, width=args.width, dropout=args.dropout, gate=args.gate())
+    config = RouterConfig(
+        domains=list(domains), features=features, width=args.width, dropout=args.dropout, gate=args.gate()
+    )
     Router.fresh(config, seed=0).save(library)
 
 

@@ -453,6 +453,20 @@ def test_the_least_recently_used_stacks_leave_under_a_limit(model: PeftModel, li
     assert resident.bytes == 2 * one
 
 
+def test_an_offloaded_library_answers_the_same_and_is_read_as_often(
+    model: PeftModel, load: Callable[..., PeftModel], library: Library
+) -> None:
+    offloaded = load(library.path)
+    tuner_of(offloaded).offload_frozen()
+    for domains in ({"math": 1.0}, {"chat": 0.5, "code": 1.0}, {}, {"math": 1.0}):
+        ids = torch.stack(some_prompts(2, 8))
+        answers = [each.generate(ids, domains=domains, **GREEDY) for each in (model, offloaded)]
+        assert torch.equal(*answers)
+    read = [tuner_of(each).resident for each in (model, offloaded)]
+    assert read[0] is not None and read[1] is not None
+    assert read[0].bytes_read == read[1].bytes_read and read[0].names == read[1].names
+
+
 def test_memory_does_not_grow_with_the_domains_on_disk(
     base: LlamaForCausalLM, load: Callable[..., PeftModel], tmp_path: Path
 ) -> None:

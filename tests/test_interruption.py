@@ -33,17 +33,19 @@ def contents(library: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, float]:
-    """A config, the library of its second run (the first is beside it, in `first`), and that run's seconds."""
+    """A config, the library of its second run, and that run's seconds. The first is beside it, in `first`: its frozen
+    stacks were offloaded."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = curriculum_config(tiny_llama_dir, folder, ["chat", "code"])
-    train(config, folder)
+    offloaded = config | {"brainstacks": config["brainstacks"] | {"offload_frozen": True}}
+    assert "Frozen stacks stay in CPU memory" in train(offloaded, folder)
     (folder / "out").rename(folder / "first")
     start = time.monotonic()
     train(config, folder)
     return config, folder / "out" / "library", time.monotonic() - start
 
 
-def test_two_runs_make_the_same_library(undisturbed: tuple[dict[str, Any], Path, float]) -> None:
+def test_two_runs_make_the_same_library_offloaded_or_not(undisturbed: tuple[dict[str, Any], Path, float]) -> None:
     library = undisturbed[1]
     assert contents(library.parents[1] / "first/library") == contents(library)
 

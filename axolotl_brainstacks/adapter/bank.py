@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from axolotl_brainstacks.adapter.gating import Gating, gated, multiply_add
+from axolotl_brainstacks.adapter.offload import Offload
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class StackTensors:
 class BankSegment(nn.Module):
     """Consecutive frozen stacks of one shape. Weights are non-persistent buffers: never trained, never in checkpoints.
 
+    Offloaded ones are plain attributes instead: they stay in pinned CPU memory wherever the model goes, and DDP does not
+    broadcast them.
+
     Buffers:
         inputs: (stacks, experts + experts * r, in) gate rows, then the experts' A rows.
         outputs: (stacks, experts * r, out) the experts' B matrices, ranks as rows.
@@ -57,22 +61,33 @@ class BankSegment(nn.Module):
     inputs: Tensor
     outputs: Tensor
 
-    def __init__(self, shape: StackShape, inputs: Tensor, outputs: Tensor) -> None:
+    def __init__(self, shape: StackShape, inputs: Tensor, outputs: Tensor, offloaded: bool) -> None:
         super().__init__()
         self.shape = shape
         self.names: list[str] = []
         self.places: list[int] = []
-        self.register_buffer("inputs", inputs, persistent=False)
-        self.register_buffer("outputs", outputs, persistent=False)
+        self.offloaded = offloaded
+        if not offloaded:
+            self.register_buffer("inputs", None, persistent=False)
+            self.register_buffer("outputs", None, persistent=False)
+        self._keep(inputs, outputs)
         self.on = slice(0, 0)
         self.row_weights: Tensor | None = None
 
     @classmethod
-    def empty(cls, first: StackTensors, device: torch.device | None, dtype: torch.dtype | None) -> BankSegment:
+    def empty(
+        cls, first: StackTensors, device: torch.device | None, dtype: torch.dtype | None, offloaded: bool
+    ) -> BankSegment:
         """A segment for stacks like `first`, without any."""
         rows, ranks = first.a.shape[0] - first.shape.num_experts, first.b.shape[1]
         inputs = torch.empty(0, rows, first.a.shape[1], device=device, dtype=dtype)
-        return cls(first.shape, inputs, torch.empty(0, ranks, first.b.shape[0], device=device, dtype=dtype))
+        outputs = torch.empty(0, ranks, first.b.shape[0], device=device, dtype=dtype)
+        return cls(first.shape, inputs, outputs, offloaded)
+
+    def _keep(self, inputs: Tensor, outputs: Tensor) -> None:
+        if self.offloaded and torch.cuda.is_available():
+            inputs, outputs = inputs.pin_memory(), outputs.pin_memory()
+        self.inputs, self.outputs = inputs, outputs
 
     def change(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
         """Take stacks out and in; nothing is on then. New tensors are copied once, straight from where they are."""
@@ -80,7 +95,7 @@ class BankSegment(nn.Module):
         if len(free) != len(new):
             kept = [i for i in range(len(self.names)) if i not in free]
             free = list(range(len(kept), len(kept) + len(new)))
-            self.inputs, self.outputs = (_resized(held, kept, len(new)) for held in (self.inputs, self.outputs))
+            self._keep(*(_resized(held, kept, len(new)) for held in (self.inputs, self.outputs)))
             self.names = [self.names[i] for i in kept] + [""] * len(new)
             self.places = [self.places[i] for i in kept] + [0] * len(new)
         n = self.shape.num_experts
@@ -106,10 +121,11 @@ class BankSegment(nn.Module):
         self.row_weights = None
         if weights is not None and wanted:
             columns = [on.index(self.names[i]) for i in wanted]
-            self.row_weights = weights[:, columns].to(self.inputs.device, torch.float32)
+            device = weights.device if self.offloaded else self.inputs.device
+            self.row_weights = weights[:, columns].to(device, torch.float32)
 
     def _reorder(self, order: list[int]) -> None:
-        self.inputs, self.outputs = self.inputs[order], self.outputs[order]
+        self._keep(self.inputs[order], self.outputs[order])
         self.names, self.places = [self.names[i] for i in order], [self.places[i] for i in order]
 
     @property
@@ -117,12 +133,12 @@ class BankSegment(nn.Module):
         return self.on.stop > self.on.start
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """The inputs and outputs of the stacks that are on."""
-        return self.inputs[self.on], self.outputs[self.on]
+        """The inputs (rows, in) and outputs (ranks, out) of the stacks that are on."""
+        return self.inputs[self.on].flatten(0, 1), self.outputs[self.on].flatten(0, 1)
 
-    def activations(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """Gated, scaled rank-space activations (..., stacks * experts * r) of `x` (..., in)."""
-        h = F.linear(x, inputs.flatten(0, 1)).unflatten(-1, (inputs.shape[0], -1))
+    def activations(self, x: Tensor, h: Tensor) -> Tensor:
+        """Gated, scaled rank-space activations (..., stacks * experts * r) of `x` (..., in); `h` is ``x @ inputs``."""
+        h = h.unflatten(-1, (self.on.stop - self.on.start, -1))
         gating = Gating(self.shape.num_experts, self.shape.r, self.shape.top_k, self.shape.scaling)
         weights = None if self.row_weights is None else self._broadcast(self.row_weights, x)
         return gated(h, gating, weights)[0]
@@ -159,6 +175,7 @@ class StackBank(nn.Module):
         self.segments = nn.ModuleList()
         self.numbers: list[int] = []  # of the segments, ascending
         self.observer: Callable[[Tensor], None] | None = None
+        self.offload: Offload | None = None
 
     @property
     def names(self) -> list[str]:
@@ -190,11 +207,12 @@ class StackBank(nn.Module):
         for number in sorted({*segments, *(stack.segment for stack in new)}):
             mine = [stack for stack in new if stack.segment == number]
             if number not in segments:
-                segments[number] = BankSegment.empty(mine[0], device, dtype)
+                segments[number] = BankSegment.empty(mine[0], device, dtype, self.offload is not None)
             if mine or any(name in gone for name in segments[number].names):
                 segments[number].change(gone, mine)
         self.numbers = sorted(number for number, segment in segments.items() if segment.names)
         self.segments = nn.ModuleList(segments[number] for number in self.numbers)
+        self._changed()
 
     def remove(self, name: str) -> None:
         self.change({name})
@@ -202,10 +220,19 @@ class StackBank(nn.Module):
     def select(self, on: Sequence[str], weights: Tensor | None = None) -> None:
         for segment in self._segments():
             segment.select(on, weights)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.offload is not None:
+            self.offload.forget()
+
+    def matrices(self) -> list[Tensor]:
+        """What a forward multiplies by, in its order: inputs and outputs of each segment that is on."""
+        return [matrix for segment in self._segments() if segment.active for matrix in segment.weights()]
 
     def output_matrix(self) -> Tensor:
         """The B matrices of all stacks that are on, ranks as rows: (R, out)."""
-        return torch.cat([segment.weights()[1].flatten(0, 1) for segment in self._segments() if segment.active])
+        return torch.cat(self.matrices()[1::2])
 
     def add_deltas(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` (..., out) plus the deltas for `x` (..., in) of the stacks that are on.
@@ -217,10 +244,17 @@ class StackBank(nn.Module):
             if not segment.active:
                 continue
             inputs, outputs = segment.weights()
-            z = segment.activations(x.to(inputs.dtype), inputs)
+            x = x.to(inputs.dtype)
+            z = segment.activations(x, self._times(x, inputs))
             if self.observer is not None:
                 activations.append(z)
-            y = multiply_add(y, z, outputs.flatten(0, 1))
+            y = self._times(z, outputs, y)
         if self.observer is not None:
             self.observer(torch.cat(activations, dim=-1))
         return y
+
+    def _times(self, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
+        """``linear(x, matrix)``, or ``y + x @ matrix`` for a given `y`."""
+        if self.offload is not None:
+            return self.offload.times(self, x, matrix, y)
+        return F.linear(x, matrix) if y is None else multiply_add(y, x, matrix)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from axolotl_brainstacks.adapter.bank import StackBank, StackShape, StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.gating import BatchTokens, Gating, gated, multiply_add
+from axolotl_brainstacks.adapter.offload import Offload
 from axolotl_brainstacks.distributed import gathered, whole
 from axolotl_brainstacks.nullspace import project_out
 
@@ -141,9 +142,16 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def hold(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
-        """Take frozen stacks out and in; they are kept in the base layer's compute dtype and on its device."""
+        """Take frozen stacks out and in; they are kept in the base layer's compute dtype, on its device or offloaded."""
         device, dtype = self._bank_device_and_dtype()
+        if self.bank.offload is not None:
+            device = torch.device("cpu")
         self.bank.change(gone, new, device, dtype)
+
+    def offload_frozen(self, offload: Offload) -> None:
+        """Frozen stacks that come from here on stay in CPU memory."""
+        offload.join(self.bank, self.module_name)
+        self.bank.offload = offload
 
     def bank_bytes(self, shape: StackShape) -> int:
         """Memory that a stack takes in the bank."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.gating import BatchTokens
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.offload import Offload
 from axolotl_brainstacks.adapter.tensors import stack_pairs, stack_tensors
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class BrainstacksModel(BaseTuner):
         layer = BrainstacksLayer(target, module_name)
         layer._active_adapter = self.active_adapter
         layer.batch = self._batch
+        if self._offload is not None:
+            layer.offload_frozen(self._offload)
         layer.requires_grad_(False)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
@@ -98,6 +101,7 @@ class BrainstacksModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._stacks: list[FrozenStack] = []
         self._batch = BatchTokens()
+        self._offload: Offload | None = None
         self._on: tuple[list[str], Tensor | None] = [], None
         self._mode = "auto"
         # Whether `_on` waits to be switched on, and perhaps read from disk, at the next forward.
@@ -150,6 +154,20 @@ class BrainstacksModel(BaseTuner):
     def stacks(self) -> list[FrozenStack]:
         """The attached frozen stacks, oldest first."""
         return list(self._stacks)
+
+    def offload_frozen(self) -> None:
+        """Keep frozen stacks in CPU memory from here on; a layer's are copied to the GPU while the one before computes.
+
+        Raises:
+            ValueError: if a stack is in memory already.
+        """
+        if any(layer.bank.names for layer in self.layers()):
+            raise ValueError(
+                "Call `offload_frozen` before any stack is in memory: before the first forward or attached stack"
+            )
+        self._offload = Offload()
+        for layer in self.layers():
+            layer.offload_frozen(self._offload)
 
     def attach_stack(self, name: str, domain: str, config: BrainstacksConfig, tensors: Mapping[str, Tensor]) -> None:
         """Add a frozen stack from the tensors of its PEFT folder, and switch all attached stacks on.

@@ -41,6 +41,8 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
         answering = tuner(peft_model)
         assert answering.resident is not None
         answering.show_routes = True
+        if plan.block.offload_frozen:
+            answering.offload_frozen()
         if not plan.makes_router:  # which measures all stacks together
             answering.resident.max_bytes = plan.block.max_resident_bytes
         if not answering.stacks:
@@ -51,9 +53,13 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
     config = stack_config(cfg, plan)
     peft_model = get_peft_model(model, config)
     check_targets(tuner(peft_model), config.target_modules)
+    if plan.block.offload_frozen:
+        tuner(peft_model).offload_frozen()
     if Library.exists(plan.library_path):
         attach_library(tuner(peft_model), Library.open(plan.library_path), cfg.base_model)
     if is_main():
+        if plan.block.offload_frozen:
+            LOG.info("Frozen stacks stay in CPU memory")
         peft_model.print_trainable_parameters()
         report_quantization(tuner(peft_model), cfg)
     return peft_model, config

@@ -1,0 +1,124 @@
+"""Frozen stacks in CPU memory: copied to the device that computes, one decoder layer ahead of their use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from axolotl_brainstacks.adapter.gating import multiply_add
+
+if TYPE_CHECKING:
+    from axolotl_brainstacks.adapter.bank import StackBank
+
+DECODER_LAYER = re.compile(r".*?\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """`held` as it is on the device once `done`; it is kept so that no other tensor gets its address."""
+
+    held: Tensor
+    copy: Tensor
+    done: torch.cuda.Event | None
+
+    def ready(self) -> Tensor:
+        if self.done is not None:
+            stream = torch.cuda.current_stream(self.copy.device)
+            stream.wait_event(self.done)
+            self.copy.record_stream(stream)
+        return self.copy
+
+
+class Offload:
+    """Device copies of the frozen stacks of two decoder layers: the one that computes, and the one that comes next.
+
+    On a CPU a copy is the tensor itself.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[str, list[StackBank]] = {}
+        self._group_of: dict[StackBank, int] = {}
+        self._here: int | None = None
+        self._copies: dict[tuple[int, torch.Size], _Copy] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def join(self, bank: StackBank, module_name: str) -> None:
+        """Serve `bank`, of the projection `module_name`; banks join in the order in which the model computes."""
+        layer = DECODER_LAYER.match(module_name)
+        group = self._groups.setdefault(layer[0] if layer else module_name, [])
+        group.append(bank)
+        self._group_of[bank] = list(self._groups.values()).index(group)
+
+    def forget(self) -> None:
+        """The stacks that are held, or those that are on, have changed."""
+        self._here, self._copies = None, {}
+
+    @torch.compiler.disable
+    def times(self, bank: StackBank, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
+        """``linear(x, matrix)``, or ``y + x @ matrix`` for a given `y`; `matrix` is one of `bank.matrices()`."""
+        result: Tensor = _Times.apply(x, y, partial(self._fetch, self._group_of[bank], matrix, x.device))  # type: ignore[no-untyped-call]
+        return result
+
+    def _fetch(self, group: int, matrix: Tensor, device: torch.device) -> Tensor:
+        if group != self._here:
+            self._arrive(group, device)
+        return self._start(matrix, device).ready()
+
+    def _arrive(self, group: int, device: torch.device) -> None:
+        """Start the copies of the layer that comes next: one further on, or one back in a backward pass."""
+        groups = list(self._groups.values())
+        ahead = group - 1 if self._here == group + 1 else group + 1
+        if ahead < 0:
+            ahead = 1
+        elif ahead == len(groups):  # what follows a forward: its backward, or the next token's
+            ahead = group - 1 if groups[group][0].training else 0
+        self._here = group
+        near = [bank for i in {group, ahead} if i < len(groups) for bank in groups[i]]
+        wanted = [matrix for bank in near for matrix in bank.matrices()]
+        keys = {_key(matrix) for matrix in wanted}
+        self._copies = {key: copy for key, copy in self._copies.items() if key in keys}
+        for matrix in wanted:
+            self._start(matrix, device)
+
+    def _start(self, matrix: Tensor, device: torch.device) -> _Copy:
+        """Begin to copy, unless that has been done already."""
+        if _key(matrix) not in self._copies:
+            self._copies[_key(matrix)] = self._copied(matrix, device)
+        return self._copies[_key(matrix)]
+
+    def _copied(self, matrix: Tensor, device: torch.device) -> _Copy:
+        if device.type != "cuda":
+            return _Copy(matrix, matrix.to(device), None)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            return _Copy(matrix, matrix.to(device, non_blocking=True), self._stream.record_event())
+
+
+def _key(matrix: Tensor) -> tuple[int, torch.Size]:
+    return matrix.data_ptr(), matrix.shape
+
+
+class _Times(torch.autograd.Function):
+    """Multiplication by a frozen matrix that is fetched for forward and again for backward, so that none is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, fetch: Callable[[], Tensor]) -> Tensor:
+        device = x.device.type
+        ctx.fetch, ctx.added, ctx.dtype = fetch, y is not None, x.dtype
+        ctx.computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        matrix = fetch()
+        return F.linear(x, matrix) if y is None else multiply_add(y, x, matrix)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        matrix = ctx.fetch().to(ctx.computed)
+        to_x = grad.to(ctx.computed) @ (matrix.T if ctx.added else matrix)
+        return to_x.to(ctx.dtype), grad if ctx.added else None, None
