@@ -83,7 +83,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        signs = ("No space left", "Disk quota exceeded", "PytorchStreamWriter failed")
+        signs = ("No space left", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
         if not any(sign in str(error) for sign in signs):
             raise
         message = "disk full: free some space and run the same command again"

@@ -453,6 +453,20 @@ def test_the_least_recently_used_stacks_leave_under_a_limit(model: PeftModel, li
     assert resident.bytes == 2 * one
 
 
+def test_stacks_read_in_inference_mode_serve_outside_of_it_too(model: PeftModel) -> None:
+    tuner, ids = tuner_of(model), torch.stack(some_prompts(1, 8))
+    with torch.inference_mode():
+        expected = model.generate(ids, domains={"math": 1.0, "code": 1.0}, **GREEDY)
+        model.generate(ids, domains={"chat": 1.0, "code": 1.0}, **GREEDY)  # not neighbours
+    assert tuner.resident is not None
+    tuner.resident.max_bytes = tuner.resident.bytes // 3 * 2
+    model.generate(ids, domains={"medical": 1.0}, **GREEDY)
+    assert torch.equal(model.generate(ids, domains={"math": 1.0, "code": 1.0}, **GREEDY), expected)
+    model.enable_input_require_grads()
+    with tuner.routed(domains={"math": 1.0}):
+        model(ids, labels=ids).loss.backward()
+
+
 def test_an_offloaded_library_answers_the_same_and_is_read_as_often(
     model: PeftModel, load: Callable[..., PeftModel], library: Library
 ) -> None:

@@ -1,5 +1,6 @@
 """Frozen stacks in CPU memory: equal to the last bit, and never more than two decoder layers' copies."""
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from wrapped import freeze, llama, tuner_of, wrap
+from wrapped import freeze, layers_of, llama, tuner_of, wrap
 
 from axolotl_brainstacks.adapter import model as tuner_module
-from axolotl_brainstacks.adapter.offload import Offload, _Copy
+from axolotl_brainstacks.adapter.bank import StackTensors
+from axolotl_brainstacks.adapter.offload import Offload, _Copy, _key
 
 LAYERS, STACKS = 4, ["s001_chat", "s002_chat", "s003_code"]
 
@@ -31,11 +33,11 @@ class Watched(Offload):
         held = self._copies
         # What is not there by now was not copied ahead.
         banks = list(self._groups.values())[group]
-        self.late += sum((matrix.data_ptr(), matrix.shape) not in held for bank in banks for matrix in bank.matrices())
+        self.late += sum(_key(matrix, device) not in held for bank in banks for matrix in bank.matrices())
         self.arriving = True
         super()._arrive(group, device)
         self.arriving = False
-        self._spoil([copy for key, copy in held.items() if key not in self._copies])
+        self._spoil([copied for key, copied in held.items() if key not in self._copies])
         self.most = max(self.most, len(self._copies))
 
     def forget(self) -> None:
@@ -44,9 +46,9 @@ class Watched(Offload):
 
     @staticmethod
     def _spoil(copies: list[_Copy]) -> None:
-        for copy in copies:
+        for spoilt in copies:
             with torch.no_grad():
-                copy.copy.fill_(float("nan"))
+                spoilt.copy.fill_(float("nan"))
 
 
 @pytest.fixture
@@ -126,6 +128,59 @@ def test_offloaded_stacks_stay_where_they_are(pair: tuple[PeftModel, PeftModel, 
     for layer in tuner_of(offloaded).layers():
         assert layer.bank.names == STACKS
         assert all(matrix.device.type == "cpu" for matrix in layer.bank.matrices())
+
+
+def test_copies_belong_to_a_device_and_do_not_go_with_a_copy_of_the_model(
+    pair: tuple[PeftModel, PeftModel, Watched],
+) -> None:
+    plain, offloaded, watched = pair
+    ids = torch.randint(64, (2, 5))
+    expected = plain.eval()(ids).logits
+    assert torch.equal(offloaded.eval()(ids).logits, expected) and watched._copies
+    matrix = layers_of(offloaded)[0].bank.matrices()[0]
+    assert Offload._copied(watched, matrix, torch.device("meta")).copy.device.type == "meta"
+    assert {key[2].type for key in watched._copies} == {"cpu"}
+    another = copy.deepcopy(offloaded)
+    served = tuner_of(another)._offload
+    assert served is not None and served is not watched and not served._copies
+    assert torch.equal(another(ids).logits, expected)
+    tuner_of(another).use_stacks(STACKS[:1])
+    assert torch.equal(offloaded(ids).logits, expected)
+
+
+def test_a_stack_that_replaces_another_leaves_pending_copies_and_backward_passes_alone(
+    pair: tuple[PeftModel, PeftModel, Watched],
+) -> None:
+    plain, offloaded, _ = pair
+    ids = torch.randint(64, (2, 5))
+    results = []
+    for model in (plain, offloaded):
+        loss = model.eval()(ids, labels=ids).loss
+        if model is offloaded:
+            for layer in layers_of(model):
+                bank = layer.bank
+                old = bank.segments[0]
+                stack = StackTensors(
+                    "s004_math", old.shape, torch.zeros_like(layer.brainstacks_A["default"].weight),
+                    torch.zeros_like(layer.brainstacks_B["default"].weight), 0, 3,
+                )  # fmt: skip
+                before = bank.matrices()[0], bank.matrices()[0].clone()
+                layer.hold({"s001_chat"}, [stack])
+                assert torch.equal(*before), "no byte is written where a copy may still read"
+        loss.backward()
+        results.append([weight.grad for weight in model.parameters() if weight.grad is not None])
+    assert results[0] and all(torch.equal(mine, other) for mine, other in zip(*results, strict=True))
+
+
+def test_weights_of_rows_follow_the_tokens(pair: tuple[PeftModel, PeftModel, Watched]) -> None:
+    """They may come from another device than the one that computes, and the matrices are on a third."""
+    _, offloaded, _ = pair
+    segment = layers_of(offloaded)[0].bank.segments[0]
+    segment.select(STACKS, torch.ones(2, 3))
+    x = torch.empty(2, 5, 32, device="meta")
+    h = torch.empty(2, 5, segment.weights()[0].shape[0], device="meta")
+    assert segment.activations(x, h).device.type == "meta"
+    assert segment.row_weights.device.type == "meta"
 
 
 def test_offloading_comes_before_the_first_stack() -> None:

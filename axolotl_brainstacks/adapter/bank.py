@@ -90,9 +90,12 @@ class BankSegment(nn.Module):
         self.inputs, self.outputs = inputs, outputs
 
     def change(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
-        """Take stacks out and in; nothing is on then. New tensors are copied once, straight from where they are."""
+        """Take stacks out and in; nothing is on then. New tensors are copied once, straight from where they are.
+
+        Offloaded tensors are never written to twice: a copy of the old ones to the device may be under way.
+        """
         free = [i for i, name in enumerate(self.names) if name in gone]
-        if len(free) != len(new):
+        if self.offloaded or len(free) != len(new):
             kept = [i for i in range(len(self.names)) if i not in free]
             free = list(range(len(kept), len(kept) + len(new)))
             self._keep(*(_resized(held, kept, len(new)) for held in (self.inputs, self.outputs)))
@@ -121,9 +124,9 @@ class BankSegment(nn.Module):
         self.row_weights = None
         if weights is not None and wanted:
             columns = [on.index(self.names[i]) for i in wanted]
-            device = weights.device if self.offloaded else self.inputs.device
-            self.row_weights = weights[:, columns].to(device, torch.float32)
+            self.row_weights = weights[:, columns].to(self.inputs.device, torch.float32)
 
+    @torch.inference_mode(False)  # as in BrainstacksLayer.hold
     def _reorder(self, order: list[int]) -> None:
         self._keep(self.inputs[order], self.outputs[order])
         self.names, self.places = [self.names[i] for i in order], [self.places[i] for i in order]
@@ -140,7 +143,11 @@ class BankSegment(nn.Module):
         """Gated, scaled rank-space activations (..., stacks * experts * r) of `x` (..., in); `h` is ``x @ inputs``."""
         h = h.unflatten(-1, (self.on.stop - self.on.start, -1))
         gating = Gating(self.shape.num_experts, self.shape.r, self.shape.top_k, self.shape.scaling)
-        weights = None if self.row_weights is None else self._broadcast(self.row_weights, x)
+        weights = self.row_weights
+        if weights is not None:
+            if self.offloaded and weights.device != x.device:
+                self.row_weights = weights = weights.to(x.device)
+            weights = self._broadcast(weights, x)
         return gated(h, gating, weights)[0]
 
     @staticmethod

@@ -140,6 +140,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         segment, place = self.bank.next_place(shape)
         self.hold((), [StackTensors(name, shape, a, b, segment, place)])
 
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be trained through, nor be replaced, later
     @torch.no_grad()
     def hold(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
         """Take frozen stacks out and in; they are kept in the base layer's compute dtype, on its device or offloaded."""

@@ -46,8 +46,13 @@ class Offload:
         self._groups: dict[str, list[StackBank]] = {}
         self._group_of: dict[StackBank, int] = {}
         self._here: int | None = None
-        self._copies: dict[tuple[int, torch.Size], _Copy] = {}
-        self._stream: torch.cuda.Stream | None = None
+        self._copies: dict[tuple[int, torch.Size, torch.device], _Copy] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._reached: dict[torch.device, torch.cuda.Event] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without copies, streams and events, which cannot be copied with the model."""
+        return vars(self) | {"_here": None, "_copies": {}, "_streams": {}, "_reached": {}}
 
     def join(self, bank: StackBank, module_name: str) -> None:
         """Serve `bank`, of the projection `module_name`; banks join in the order in which the model computes."""
@@ -80,29 +85,40 @@ class Offload:
         elif ahead == len(groups):  # what follows a forward: its backward, or the next token's
             ahead = group - 1 if groups[group][0].training else 0
         self._here = group
+        self._keep_pace(device)
         near = [bank for i in {group, ahead} if i < len(groups) for bank in groups[i]]
         wanted = [matrix for bank in near for matrix in bank.matrices()]
-        keys = {_key(matrix) for matrix in wanted}
+        keys = {_key(matrix, device) for matrix in wanted}
         self._copies = {key: copy for key, copy in self._copies.items() if key in keys}
         for matrix in wanted:
             self._start(matrix, device)
 
+    def _keep_pace(self, device: torch.device) -> None:
+        """Let the host run one layer ahead of the GPU at most: only what the GPU has passed makes room for new copies."""
+        if device.type == "cuda":
+            if device in self._reached:
+                self._reached[device].synchronize()
+            self._reached[device] = torch.cuda.current_stream(device).record_event()
+
     def _start(self, matrix: Tensor, device: torch.device) -> _Copy:
         """Begin to copy, unless that has been done already."""
-        if _key(matrix) not in self._copies:
-            self._copies[_key(matrix)] = self._copied(matrix, device)
-        return self._copies[_key(matrix)]
+        key = _key(matrix, device)
+        if key not in self._copies:
+            self._copies[key] = self._copied(matrix, device)
+        return self._copies[key]
 
     def _copied(self, matrix: Tensor, device: torch.device) -> _Copy:
         if device.type != "cuda":
             return _Copy(matrix, matrix.to(device), None)
-        self._stream = self._stream or torch.cuda.Stream(device)
-        with torch.cuda.stream(self._stream):
-            return _Copy(matrix, matrix.to(device, non_blocking=True), self._stream.record_event())
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
+        with torch.cuda.stream(stream):
+            return _Copy(matrix, matrix.to(device, non_blocking=True), stream.record_event())
 
 
-def _key(matrix: Tensor) -> tuple[int, torch.Size]:
-    return matrix.data_ptr(), matrix.shape
+def _key(matrix: Tensor, device: torch.device) -> tuple[int, torch.Size, torch.device]:
+    return matrix.data_ptr(), matrix.shape, device
 
 
 class _Times(torch.autograd.Function):
