@@ -70,7 +70,8 @@ def test_the_router_of_a_model_in_shards(single: tuple[dict[str, Any], Library],
 
 
 def test_nodes_with_disks_of_their_own(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """A library and checkpoints on the first node's disk, checkpoints on the second one's; stopped once, and resumed."""
+    """A library and checkpoints on the first node's disk, checkpoints on the second one's; stopped once, and resumed.
+    The base model is in 4-bit, a step of two accumulated micro-batches with clipped gradients."""
     nodes = [tmp_path / "node0", tmp_path / "node1"]
     for node in nodes:
         node.mkdir()
@@ -78,7 +79,10 @@ def test_nodes_with_disks_of_their_own(tiny_llama_dir: Path, tmp_path: Path) -> 
         "output_dir": "out",
         "dataset_prepared_path": "prepared",
         "max_steps": 8,
+        "load_in_4bit": True,
+        "max_grad_norm": 0.3,
     }
+    assert config["gradient_accumulation_steps"] == 2
     config = with_engine(config, "zero2", tmp_path)
     processes = start_ranks(config, tmp_path, nodes)
     wait_for(processes, tmp_path, "math/round1/loss")
@@ -94,7 +98,8 @@ def test_nodes_with_disks_of_their_own(tiny_llama_dir: Path, tmp_path: Path) -> 
     assert "The library out/library is not the same for all processes: manifest" in log
     assert "nothing there for rank 1 on" in log
     shutil.copytree(nodes[0] / "out" / "library", nodes[1] / "out" / "library")
-    assert "Resuming math, round 1" in train_ranks(config, tmp_path, nodes)
+    log = train_ranks(config, tmp_path, nodes)
+    assert "Resuming math, round 1" in log and "4-bit layers: 14 of 14" in log
     library = Library.open(nodes[0] / "out" / "library")
     assert library.verify() == [] and all(domain.done for domain in library.manifest.domains)
     assert not any((node / "out" / "stages").exists() for node in nodes)
