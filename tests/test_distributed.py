@@ -80,9 +80,9 @@ def test_nodes_with_disks_of_their_own(tiny_llama_dir: Path, tmp_path: Path) -> 
         "dataset_prepared_path": "prepared",
         "max_steps": 8,
         "load_in_4bit": True,
+        "gradient_accumulation_steps": 2,
         "max_grad_norm": 0.3,
     }
-    assert config["gradient_accumulation_steps"] == 2
     config = with_engine(config, "zero2", tmp_path)
     processes = start_ranks(config, tmp_path, nodes)
     wait_for(processes, tmp_path, "math/round1/loss")
