@@ -365,10 +365,8 @@ def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
 
 def hold(path: Path, ready: Connection) -> None:
     with Library.open(path).writing():
-        worker = os.fork()  # as a data loader's worker: it outlives the writer and must not keep the lock
-        if worker == 0:
-            time.sleep(60)
-        ready.send(worker)
+        if os.fork() == 0:  # as a data loader's worker: it outlives the writer and must not keep the lock
+            ready.send(os.getpid())  # from here, as the lock is let go after the fork, in the worker
         time.sleep(60)
 
 
