@@ -23,7 +23,7 @@ from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.routing.router import Router, RouterConfig
 
 DOMAINS = ["chat", "code", "math", "medical"]
-PROMPT, ANSWER = 64, 24
+PROMPT, ANSWER = 64, 16
 COUNTS = (0, 1, 2, 4, 6, 8)
 SHORT_COUNTS = (0, 4, 8)
 
