@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from measure import DEVICE, Comparison, Result, alternate, compare, main, repeats
 from models import EXPERTS, RANK, SMOLLM2_SIZES, TOP_K, random_ids, smollm2, tuner_of, with_stacks
-from peft import PeftModel
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.gating import Gating, gated
@@ -69,7 +68,7 @@ def kept_projection(short: bool) -> Comparison:
     }
 
     @torch.no_grad()
-    def forward(model: PeftModel = model) -> None:
+    def forward() -> None:
         model(input_ids=ids, use_cache=False)
 
     times = alternate(

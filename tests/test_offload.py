@@ -55,8 +55,7 @@ class Watched(Offload):
 def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[PeftModel, PeftModel, Watched]:
     """The same model with its frozen stacks on the device, and offloaded."""
     monkeypatch.setattr(tuner_module, "Offload", Watched)
-    base = llama(num_hidden_layers=LAYERS)
-    plain, offloaded = (wrap(base_copy) for base_copy in (base, llama(num_hidden_layers=LAYERS)))
+    plain, offloaded = (wrap(llama(num_hidden_layers=LAYERS)) for _ in range(2))
     tuner_of(offloaded).offload_frozen()
     exported = freeze(plain, STACKS)
     offloaded.base_model.load_state_dict(plain.base_model.state_dict())

@@ -13,10 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axolotl_brainstacks.adapter.gating import Gating, gated, multiply_add
+from axolotl_brainstacks.adapter.gating import Gating, gated, times
 from axolotl_brainstacks.adapter.offload import Offload
 
 
@@ -261,7 +260,4 @@ class StackBank(nn.Module):
         return y
 
     def _times(self, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
-        """``linear(x, matrix)``, or ``y + x @ matrix`` for a given `y`."""
-        if self.offload is not None:
-            return self.offload.times(self, x, matrix, y)
-        return F.linear(x, matrix) if y is None else multiply_add(y, x, matrix)
+        return times(x, matrix, y) if self.offload is None else self.offload.times(self, x, matrix, y)

@@ -83,6 +83,11 @@ def gated(
     return z, counts
 
 
+def times(x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
+    """``linear(x, matrix)``, or ``y + x @ matrix`` for a given `y`."""
+    return F.linear(x, matrix) if y is None else multiply_add(y, x, matrix)
+
+
 def multiply_add(y: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
     """``y + z @ matrix`` in the dtype of `y` (..., out), in one pass over it where the dtypes agree: matrix (ranks, out)."""
     if y.dtype != z.dtype or torch.is_autocast_enabled(y.device.type):

@@ -9,10 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from axolotl_brainstacks.adapter.gating import multiply_add
+from axolotl_brainstacks.adapter.gating import times
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.adapter.bank import StackBank
@@ -67,7 +66,7 @@ class Offload:
 
     @torch.compiler.disable
     def times(self, bank: StackBank, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
-        """``linear(x, matrix)``, or ``y + x @ matrix`` for a given `y`; `matrix` is one of `bank.matrices()`."""
+        """`gating.times` for one of `bank.matrices()`."""
         result: Tensor = _Times.apply(x, y, partial(self._fetch, self._group_of[bank], matrix, x.device))  # type: ignore[no-untyped-call]
         return result
 
@@ -129,8 +128,7 @@ class _Times(torch.autograd.Function):
         device = x.device.type
         ctx.fetch, ctx.added, ctx.dtype = fetch, y is not None, x.dtype
         ctx.computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        matrix = fetch()
-        return F.linear(x, matrix) if y is None else multiply_add(y, x, matrix)
+        return times(x, fetch(), y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
