@@ -31,12 +31,20 @@ $(VENV)/.installed: pyproject.toml Makefile
 # `accelerate launch` would give a process one thread; datasets would start a process to save each small file.
 demo: export OMP_NUM_THREADS ?= $(shell nproc)
 demo: export AXOLOTL_DATASET_NUM_PROC := 0
-demo: install
+demo: $(DEMO)/.done
+	@$(VENV)/bin/axolotl brainstacks-library $(DEMO)/library list
+	@$(VENV)/bin/axolotl brainstacks-library $(DEMO)/library verify
+	@echo "All of the demo is done; figures: $(DEMO)/library/report/report.html. To start over: rm -r $(DEMO)"
+
+# Done means: with this config and this code, and nothing has changed the library since.
+$(DEMO)/.done: $(VENV)/.installed $(DEMO)/library/manifest.json $(wildcard example_configs/*demo* axolotl_brainstacks/*.py axolotl_brainstacks/*/*.py)
 	$(VENV)/bin/python example_configs/prepare_demo.py --out $(DEMO)
 	$(VENV)/bin/axolotl train example_configs/brainstacks_demo.yml
 	$(VENV)/bin/axolotl brainstacks-router example_configs/brainstacks_demo.yml
-	$(VENV)/bin/axolotl brainstacks-library $(DEMO)/library list
 	$(VENV)/bin/python example_configs/ask_demo.py --demo $(DEMO)
+	@touch $@
+
+$(DEMO)/library/manifest.json: ;
 
 # Most of a test's time is one process starting up, so two test files run side by side, each on one core.
 test: export OMP_NUM_THREADS := 1
