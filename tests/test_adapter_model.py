@@ -1,18 +1,14 @@
-"""Stacks as PEFT sees them: saving, loading, switching, copying, and the library as a PEFT folder."""
+"""Stacks as PEFT sees them: saving, loading, switching, copying, wrapping and compiling."""
 
 import copy
 import json
-import pickle
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     Gemma3Config,
@@ -21,36 +17,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
-from wrapped import TINY, assert_near, freeze, layers_of, llama, revive, tuner_of, wrap
+from wrapped import TINY, assert_near, freeze, layers_of, llama, load_base, logits, revive, tokens, tuner_of, wrap
+from wrapped import base_dir as base_dir
 
-from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksModel
-from axolotl_brainstacks.adapter.model import library_config
-from axolotl_brainstacks.adapter.registration import register_peft_type
-from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
+from axolotl_brainstacks.adapter import BrainstacksModel
 
 PREFIX = "base_model.model."
-
-
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
-
-
-def load_base(folder: Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder)
-
-
-def tokens(rows: int = 2, length: int = 9) -> Tensor:
-    return torch.randint(1, TINY["vocab_size"], (rows, length))
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    return model.eval()(input_ids=ids).logits
 
 
 # Saving and loading a stack
@@ -369,168 +341,6 @@ def test_a_stack_is_attached_once() -> None:
     tensors = freeze(model, ["s001_chat"])["s001_chat"]
     with pytest.raises(ValueError, match="s001_chat is attached already"):
         tuner_of(model).attach_stack("s001_chat", "chat", model.peft_config["default"], tensors)
-
-
-# A library as a PEFT folder
-
-
-def make_library(folder: Path, base_dir: Path, model: PeftModel, domains: list[str]) -> Library:
-    """A library of random stacks, which are attached to `model` too."""
-    library = Library.create(folder, BaseModelInfo.of(tuner_of(model).model, str(base_dir)))
-    with library.writing():
-        for number, domain in enumerate(domains, start=1):
-            tensors = freeze(model, [f"s{number:03d}_{domain}"], domain)[f"s{number:03d}_{domain}"]
-            record = RoundRecord(round=1, kept=True, loss_before=2.0, loss_after=1.0, steps=1, stop_reason="finished")
-            library.add_domain(DomainEntry(name=domain, base_loss=2.0))
-            library.add_stack(domain, 1, model.peft_config["default"].to_dict(), tensors, record)
-            library.update_domain(domain, done=True)
-        library.write_root_config(library_config(str(base_dir), ".").to_dict())
-    return library
-
-
-@pytest.fixture
-def trained(base_dir: Path) -> PeftModel:
-    return wrap(load_base(base_dir))
-
-
-@pytest.fixture
-def library(base_dir: Path, trained: PeftModel, tmp_path: Path) -> Library:
-    return make_library(tmp_path / "library", base_dir, trained, ["chat", "code", "math"])
-
-
-@pytest.mark.parametrize("moved", [False, True])
-def test_a_library_is_a_peft_folder_and_equals_the_trainers_model(
-    base_dir: Path, trained: PeftModel, library: Library, tmp_path: Path, moved: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids, path = tokens(), library.path
-    with trained.disable_adapter():
-        expected = logits(trained, ids)
-    if moved:
-        path = Path(shutil.move(path, tmp_path / "elsewhere"))
-    monkeypatch.chdir(tmp_path)
-    for name in (str(path), path.name):
-        model = PeftModel.from_pretrained(load_base(base_dir), name)
-        assert float((logits(model, ids) - expected).abs().max()) == 0.0
-        assert [stack.domain for stack in tuner_of(model).stacks] == ["chat", "code", "math"]
-    automatic = AutoPeftModelForCausalLM.from_pretrained(str(path))
-    assert float((logits(automatic, ids) - expected).abs().max()) == 0.0
-
-
-def test_one_stack_of_a_library_is_a_peft_folder_too(base_dir: Path, trained: PeftModel, library: Library) -> None:
-    ids = tokens()
-    tuner_of(trained).use_stacks(["s002_code"])
-    with trained.disable_adapter():
-        expected = logits(trained, ids)
-    model = PeftModel.from_pretrained(load_base(base_dir), str(library.stack_path("s002_code")))
-    assert_near(logits(model, ids), expected, 1e-4)
-
-
-def test_a_folder_that_points_at_a_library_loads_it(base_dir: Path, trained: PeftModel, library: Library) -> None:
-    output = library.path.parent / "output"
-    config = library_config(str(base_dir), "../library")
-    config.save_pretrained(str(output))
-    save_file({}, output / "adapter_model.safetensors")
-    ids = tokens()
-    with trained.disable_adapter():
-        expected = logits(trained, ids)
-    model = PeftModel.from_pretrained(load_base(base_dir), str(output))
-    assert torch.equal(logits(model, ids), expected)
-    again = BrainstacksConfig.from_pretrained(str(output.parent), subfolder="output")
-    assert again.library == str(library.path.resolve())
-
-
-def test_a_new_stack_on_a_library_trains_and_a_second_library_is_refused(
-    base_dir: Path, trained: PeftModel, library: Library, tmp_path: Path
-) -> None:
-    ids = tokens()
-    model = get_peft_model(
-        load_base(base_dir), BrainstacksConfig(r=2, task_type="CAUSAL_LM", library=str(library.path))
-    )
-    with trained.disable_adapter():
-        assert torch.equal(logits(model, ids), logits(trained, ids))
-    model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    model.add_adapter("ref", model.peft_config["default"])
-    assert len(tuner_of(model).stacks) == 3, "the copy of an adapter attaches its library again"
-    other = make_library(tmp_path / "other", base_dir, wrap(load_base(base_dir)), ["law"])
-    with pytest.raises(ValueError, match="has stacks already"):
-        model.load_adapter(str(other.path), "law")
-
-
-def test_a_library_loaded_after_the_first_adapter_is_attached(
-    base_dir: Path, trained: PeftModel, library: Library
-) -> None:
-    model, ids = wrap(load_base(base_dir)), tokens()
-    model.load_adapter(str(library.path), "library")
-    with trained.disable_adapter():
-        assert torch.equal(logits(model, ids), logits(trained, ids))
-
-
-def test_a_config_that_lost_its_folder_is_refused(base_dir: Path, library: Library) -> None:
-    config = PeftConfig.from_pretrained(str(library.path))
-    with pytest.raises(ValueError, match=r"`library` is '\.'.*adapter_config\.json.*from_pretrained"):
-        PeftModel.from_pretrained(load_base(base_dir), str(library.path), config=config)
-
-
-def test_a_library_of_another_base_model_is_refused(library: Library) -> None:
-    with pytest.raises(ValueError, match="base_model"):
-        PeftModel.from_pretrained(llama(), str(library.path))
-
-
-# The type
-
-
-def test_the_peft_type_is_a_member_like_any_other() -> None:
-    member = PeftType("BRAINSTACKS")
-    assert member is PeftType["BRAINSTACKS"] is PeftType.BRAINSTACKS and member in PeftType
-    assert pickle.loads(pickle.dumps(member)) is member and copy.deepcopy(member) is member
-    assert json.dumps(member) == '"BRAINSTACKS"' and list(PeftType).count(member) == 1
-    before = list(PeftType)
-    register_peft_type()
-    assert list(PeftType) == before
-    config = BrainstacksConfig(r=3, num_experts=2, target_modules=["v_proj", "q_proj"])
-    assert pickle.loads(pickle.dumps(config)) == config == BrainstacksConfig(**config.to_dict())
-
-
-# Each order of imports in a process of its own, forked from one that has loaded what PEFT needs, but not PEFT.
-IMPORTS = """
-import os, sys
-
-def alone(action):
-    if not (child := os.fork()):
-        action()
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-
-def light():
-    import axolotl_brainstacks
-    heavy = {"torch", "peft", "transformers", "axolotl"} & set(sys.modules)
-    assert not heavy, heavy
-
-def order(*steps):
-    for step in steps:
-        if step == "look":
-            from transformers.utils import is_peft_available
-            assert is_peft_available() and "peft" not in sys.modules
-        else:
-            __import__(step)
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
-    from axolotl_brainstacks.adapter import BrainstacksConfig
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.BRAINSTACKS] is BrainstacksConfig
-
-alone(light)
-import bitsandbytes, torch._dynamo, transformers.models.auto.auto_factory
-assert "peft" not in sys.modules
-alone(lambda: order("peft", "axolotl_brainstacks"))
-alone(lambda: order("axolotl_brainstacks", "look", "peft"))
-alone(lambda: order("axolotl_brainstacks.adapter.layer"))
-alone(lambda: order("axolotl_brainstacks.calibration"))
-"""
-
-
-def test_importing_the_package_teaches_peft_the_type_in_any_order_and_costs_nothing() -> None:
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # torch.compile

@@ -1,87 +1,29 @@
-"""Routed answers of a loaded library: each row its own stacks, and only what is needed in memory."""
+"""Routed answers of a loaded library: each row its own stacks."""
 
 import copy
 import io
-import re
-import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from answering import DOMAINS, GREEDY, own_stacks, random_router, some_prompts
+from answering import base as base
+from answering import library as library
+from answering import load as load
+from answering import model as model
 from models import base_config, chat_dataset
 from peft import PeftModel
-from routed import VOCABULARY, add_domain, new_library, tiny_base, tuner_of
+from routed import add_domain, new_library, tuner_of
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    LlamaForCausalLM,
-    TextIteratorStreamer,
-    TextStreamer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, TextStreamer
 
 from axolotl_brainstacks.adapter import BrainstacksModel
-from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.router import Router, RouterConfig
-
-DOMAINS = ["chat", "code", "math", "medical"]
-GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": VOCABULARY, "pad_token_id": 0}
-
-
-def random_router(
-    domains: list[str], weights: str = "soft", floors: dict[str, float] | None = None, features: int = 32
-) -> Router:
-    """A router whose probabilities differ widely from prompt to prompt, so that routes do."""
-    config = RouterConfig(
-        domains=domains, features=features, width=16, dropout=0.0,
-        gate=GateArgs(gate_threshold=0.5, weights=weights, floors=floors or {}),
-    )  # fmt: skip
-    router = Router.fresh(config, seed=Random().randrange(2**30))
-    with torch.no_grad():
-        router.network.domain_queries.mul_(6)
-        router.network.outputs.weight.mul_(30)
-        router.network.outputs.bias.zero_()
-    return router
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    return tiny_base()
-
-
-@pytest.fixture(scope="module")
-def library(base: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Four domains of two stacks each, and a router."""
-    made = new_library(tmp_path_factory.mktemp("inference") / "library", base, DOMAINS, stacks=2)
-    random_router(DOMAINS).save(made)
-    return made
-
-
-@pytest.fixture
-def load(base: LlamaForCausalLM, library: Library) -> Callable[..., PeftModel]:
-    def load(path: Path = library.path) -> PeftModel:
-        return PeftModel.from_pretrained(copy.deepcopy(base), str(path)).eval()
-
-    return load
-
-
-@pytest.fixture
-def model(load: Callable[..., PeftModel]) -> PeftModel:
-    return load()
-
-
-def some_prompts(count: int, length: int | None = None) -> list[Tensor]:
-    """Random prompts without the padding token, of 3 to 20 tokens unless `length` says."""
-    return [torch.randint(1, VOCABULARY, (length or Random().randint(3, 20),)) for _ in range(count)]
 
 
 def padded_left(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -100,10 +42,6 @@ def different_routes(model: PeftModel, count: int) -> list[Tensor]:
     assert len(by_route) >= 3
     turns = [group[turn] for turn in range(count) for group in by_route.values() if turn < len(group)]
     return turns[:count]
-
-
-def own_stacks(library: Library, *domains: str) -> list[str]:
-    return [stack.name for stack in library.manifest.stacks if stack.domain in domains]
 
 
 # Routes
@@ -406,150 +344,3 @@ def test_axolotl_inference_answers_routed_and_shows_the_route(
     assert "Give me an instruction" not in capsys.readouterr().out, (
         "no one is asked for a prompt that cannot be answered"
     )
-
-
-# What is in memory
-
-
-def test_only_what_a_route_needs_is_read_and_only_once(model: PeftModel, library: Library) -> None:
-    resident, ids = tuner_of(model).resident, torch.stack(some_prompts(1, 8))
-    assert resident is not None
-    assert resident.bytes == resident.bytes_read == 0
-    model.generate(ids, domains={}, **GREEDY)
-    assert resident.bytes_read == 0
-    model.generate(ids, domains={"math": 1.0}, **GREEDY)
-    files = [library.manifest.stack(name).files["adapter_model.safetensors"] for name in own_stacks(library, "math")]
-    assert resident.bytes_read == sum(file.bytes for file in files)
-    assert sorted(resident.names) == own_stacks(library, "math")
-    assert resident.bytes == sum(b.nbytes for layer in tuner_of(model).layers() for b in layer.bank.buffers())
-    before = resident.bytes_read
-    model.generate(torch.stack(some_prompts(1, 9)), domains={"math": 0.3}, **GREEDY)
-    assert resident.bytes_read == before
-    for prompt in some_prompts(5):
-        model.generate(prompt[None], **GREEDY)
-        before = resident.bytes_read
-        model.generate(prompt[None], **GREEDY)
-        assert resident.bytes_read == before
-
-
-def test_the_least_recently_used_stacks_leave_under_a_limit(model: PeftModel, library: Library) -> None:
-    tuner, ids = tuner_of(model), torch.stack(some_prompts(1, 8))
-    resident = tuner.resident
-    assert resident is not None
-    expected = {name: model.generate(ids, domains={name: 1.0}, **GREEDY) for name in DOMAINS}
-    together = model.generate(ids, domains={"chat": 1.0, "math": 1.0}, **GREEDY)
-    one = resident.bytes // len(DOMAINS)
-    resident.max_bytes = 2 * one
-    for use, left in (("chat", {"chat", "math"}), ("code", {"chat", "code"}), ("chat", {"chat", "code"}),
-                      ("medical", {"chat", "medical"})):  # fmt: skip
-        assert torch.equal(model.generate(ids, domains={use: 1.0}, **GREEDY), expected[use])
-        assert sorted(resident.names) == own_stacks(library, *left)
-        assert resident.bytes == 2 * one == sum(b.nbytes for layer in tuner.layers() for b in layer.bank.buffers())
-    assert torch.equal(model.generate(ids, domains={"math": 1.0, "chat": 1.0}, **GREEDY), together)
-    with pytest.raises(ValueError, match=f"max_resident_bytes is {2 * one}.*take {3 * one}"):
-        model.generate(ids, domains={"math": 1.0, "chat": 1.0, "code": 1.0}, **GREEDY)
-    with pytest.raises(ValueError, match="max_resident_bytes"):
-        model(ids)
-    assert resident.bytes == 2 * one
-
-
-def test_stacks_read_in_inference_mode_serve_outside_of_it_too(model: PeftModel) -> None:
-    tuner, ids = tuner_of(model), torch.stack(some_prompts(1, 8))
-    with torch.inference_mode():
-        expected = model.generate(ids, domains={"math": 1.0, "code": 1.0}, **GREEDY)
-        model.generate(ids, domains={"chat": 1.0, "code": 1.0}, **GREEDY)  # not neighbours
-    assert tuner.resident is not None
-    tuner.resident.max_bytes = tuner.resident.bytes // 3 * 2
-    model.generate(ids, domains={"medical": 1.0}, **GREEDY)
-    assert torch.equal(model.generate(ids, domains={"math": 1.0, "code": 1.0}, **GREEDY), expected)
-    model.enable_input_require_grads()
-    with tuner.routed(domains={"math": 1.0}):
-        model(ids, labels=ids).loss.backward()
-
-
-def test_an_offloaded_library_answers_the_same_and_is_read_as_often(
-    model: PeftModel, load: Callable[..., PeftModel], library: Library
-) -> None:
-    offloaded = load(library.path)
-    tuner_of(offloaded).offload_frozen()
-    for domains in ({"math": 1.0}, {"chat": 0.5, "code": 1.0}, {}, {"math": 1.0}):
-        ids = torch.stack(some_prompts(2, 8))
-        answers = [each.generate(ids, domains=domains, **GREEDY) for each in (model, offloaded)]
-        assert torch.equal(*answers)
-    read = [tuner_of(each).resident for each in (model, offloaded)]
-    assert read[0] is not None and read[1] is not None
-    assert read[0].bytes_read == read[1].bytes_read and read[0].names == read[1].names
-
-
-def test_memory_does_not_grow_with_the_domains_on_disk(
-    base: LlamaForCausalLM, load: Callable[..., PeftModel], tmp_path: Path
-) -> None:
-    library = new_library(tmp_path / "library", base, ["chat", "code", "math"])
-    ids, peaks, read = torch.stack(some_prompts(1, 8)), [], []
-    for count in (3, 30):
-        for number in range(len(library.manifest.domains), count):
-            add_domain(library, base, f"domain{number}")
-        model = load(library.path)
-        for domain in ("math", "chat", "math"):
-            model.generate(ids, domains={domain: 1.0}, **GREEDY)
-        resident = tuner_of(model).resident
-        assert resident is not None
-        buffers = sum(b.nbytes for layer in tuner_of(model).layers() for b in layer.bank.buffers())
-        assert resident.peak_bytes == resident.bytes == buffers
-        peaks.append(resident.peak_bytes)
-        read.append(resident.bytes_read)
-    assert len(library.manifest.stacks) == 30
-    assert peaks[0] == peaks[1] and read[0] == read[1]
-
-
-def test_the_order_in_which_stacks_came_leaves_no_trace(
-    base: LlamaForCausalLM, load: Callable[..., PeftModel], tmp_path: Path
-) -> None:
-    """To the last bit, also when stacks of other shapes lie between."""
-    library = new_library(tmp_path / "library", base, ["a", "b"])
-    add_domain(library, base, "c", settings={"r": 4, "num_experts": 2})
-    add_domain(library, base, "d")
-    add_domain(library, base, "e", settings={"r": 4, "num_experts": 2})
-    everything = load(library.path)
-    ids = torch.stack(some_prompts(3, 8))
-    with torch.no_grad():
-        everything(ids)
-        for _ in range(12):
-            names = Random().sample(["a", "b", "c", "d", "e"], Random().randint(1, 4))
-            piecemeal = load(library.path)
-            for name in Random().sample(names, len(names)):
-                with tuner_of(piecemeal).routed(domains={name: 1.0}):
-                    piecemeal(ids[:1])
-            weights = {name: Random().random() for name in names}
-            logits = []
-            for model in (everything, piecemeal):
-                with tuner_of(model).routed(domains=weights):
-                    logits.append(model(ids).logits)
-            assert torch.equal(*logits)
-
-
-def test_a_damaged_stack_is_named_when_it_is_needed(
-    library: Library, load: Callable[..., PeftModel], tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    broken = Library.open(shutil.copytree(library.path, tmp_path / "library"))
-    file = broken.stack_path(own_stacks(broken, "math")[0]) / "adapter_model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    model, ids = load(broken.path), torch.stack(some_prompts(1, 8))
-    expected = model.generate(ids, domains={"chat": 1.0}, **GREEDY)
-    with pytest.raises(ValueError, match=f"{file.parent.name}.*altered"):
-        model.generate(ids, domains={"math": 1.0}, **GREEDY)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(model.generate(ids, domains={"chat": 1.0}, **GREEDY), expected)
-    tuner_of(model).show_routes = True
-    streamer = TextIteratorStreamer(AutoTokenizer.from_pretrained(tiny_llama_dir), timeout=10)
-    with pytest.raises(ValueError, match="altered"):
-        model.generate(ids, domains={"math": 1.0}, streamer=streamer, **GREEDY)
-    assert re.fullmatch(r"\[math 1\.00\]\nError: .* is altered .*", "".join(streamer)), (
-        "a page is told, and waits no more"
-    )
-    file.write_bytes(data[:-1])
-    with pytest.raises(ValueError, match="truncated"):
-        load(broken.path)

@@ -1,12 +1,14 @@
 """What the tests of the adapter share: tiny wrapped models and living stacks."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLayer, BrainstacksModel
 
@@ -25,6 +27,19 @@ TINY: dict[str, Any] = {
 def llama(**changes: Any) -> LlamaForCausalLM:
     """A fresh random float32 Llama."""
     return LlamaForCausalLM(LlamaConfig(**TINY | changes))
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    return folder
+
+
+def load_base(folder: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def wrap(base: torch.nn.Module | None = None, **settings: Any) -> PeftModel:
@@ -65,6 +80,15 @@ def freeze(
         tuner_of(model).attach_stack(name, domain, config, exported[name])
     revive(model)
     return exported
+
+
+def tokens(rows: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(1, TINY["vocab_size"], (rows, length))
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    return model.eval()(input_ids=ids).logits
 
 
 def assert_near(got: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
