@@ -24,6 +24,7 @@ from axolotl_brainstacks.manifest import (
     BaseModelInfo,
     DomainEntry,
     FileRecord,
+    FrozenDtype,
     Manifest,
     NullSpaceEntry,
     RoundRecord,
@@ -75,12 +76,12 @@ class Library:
         return cls(folder, Manifest.read(folder))
 
     @classmethod
-    def create(cls, path: str | Path, base: BaseModelInfo) -> Self:
+    def create(cls, path: str | Path, base: BaseModelInfo, frozen_dtype: FrozenDtype = None) -> Self:
         """Make an empty library. Raises ValueError when the folder is a library already, or `check_new` does."""
         folder = Path(path).absolute()
         if not cls.exists(folder):
             cls.check_new(folder)
-        library = cls(folder, Manifest(base=base))
+        library = cls(folder, Manifest(base=base, frozen_dtype=frozen_dtype))
         with library._locked():
             if cls.exists(folder):
                 raise ValueError(f"{folder} is a library already: open it, or name a new folder in brainstacks.library")

@@ -38,6 +38,7 @@ def _inside(path: str) -> str:
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
+FrozenDtype = Literal["bfloat16"] | None
 DomainName = Annotated[str, Field(pattern=DOMAIN_PATTERN)]
 StackName = Annotated[str, Field(pattern=STACK_PATTERN)]
 
@@ -166,10 +167,12 @@ class Manifest(_Entry):
     """The whole of `manifest.json`. `next_stack` only grows, so the name of a removed stack is never given again.
 
     `root` lists the files that make PEFT load the library as a whole; older libraries do not list them.
+    `frozen_dtype` is what all losses were measured with: the type of frozen stacks in memory, None for the base model's.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     base: BaseModelInfo
+    frozen_dtype: FrozenDtype = None
     stacks: list[StackEntry] = []
     domains: list[DomainEntry] = []
     router: RouterEntry | None = None

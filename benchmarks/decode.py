@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from frozen_stacks import line
 from libraries import load, new_library
-from measure import Result, alternate, compare, folder, main, repeats, synchronise
+from measure import ON_GPU, Result, alternate, compare, folder, main, repeats, synchronise
 from models import gemma3_12b_layer, random_ids, smollm2, tuner_of
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.manifest import FrozenDtype
 from axolotl_brainstacks.routing.router import Router, RouterConfig
 
 DOMAINS = ["chat", "code", "math", "medical"]
@@ -48,30 +49,39 @@ class Clock(BaseStreamer):
 def run(short: bool) -> Result:
     counts = SHORT_COUNTS if short else COUNTS
     smol, smol_whole = measured(smollm2(), DOMAINS, counts, short)
+    halved, halved_whole = ({}, {}) if ON_GPU else measured(smollm2(), DOMAINS[:2], (), short, "bfloat16")
     gemma, gemma_whole = measured(gemma3_12b_layer(), DOMAINS[:2], (), short)
     growth = {str(count): median(smol[f"{count} stacks"]) for count in counts}
     chart(growth, median(smol["base"]), folder(short) / "decode.png")
     token, peer = "decode, a token, 2 domains x 2 stacks", "base model without PEFT"
+    rows = [
+        compare(f"{token}, SmolLM2-135M", peer, smol["routed"], smol["base"], reach=1.25),
+        compare(f"{token}, one Gemma 3 12B layer", peer, gemma["routed"], gemma["base"], reach=1.25),
+        compare(f"answer of {ANSWER} tokens, SmolLM2-135M", peer, smol_whole["routed"], smol_whole["base"]),
+        compare("decode, a token, 8 stacks, SmolLM2-135M", peer, smol["8 stacks"], smol["base"]),
+        compare("choosing a prompt's route", "base model's token", smol_whole["router"], smol["base"]),
+    ]
+    if halved:
+        rows.append(compare(f"{token} in bfloat16, SmolLM2-135M", peer, halved["routed"], halved["base"]))
     return Result(
-        [
-            compare(f"{token}, SmolLM2-135M", peer, smol["routed"], smol["base"], reach=1.25),
-            compare(f"{token}, one Gemma 3 12B layer", peer, gemma["routed"], gemma["base"], reach=1.25),
-            compare(f"answer of {ANSWER} tokens, SmolLM2-135M", peer, smol_whole["routed"], smol_whole["base"]),
-            compare("decode, a token, 8 stacks, SmolLM2-135M", peer, smol["8 stacks"], smol["base"]),
-            compare("choosing a prompt's route", "base model's token", smol_whole["router"], smol["base"]),
-        ],
+        rows,
         {"prompt": PROMPT, "answer": ANSWER, "rows": 1, "counts": counts},
         {
             "smollm2": smol,
+            "smollm2, bf16 stacks": halved,
             "gemma": gemma,
-            "answers": {"smollm2": smol_whole, "gemma": gemma_whole},
+            "answers": {"smollm2": smol_whole, "smollm2, bf16 stacks": halved_whole, "gemma": gemma_whole},
             "fit": line(growth),
         },
     )
 
 
 def measured(
-    base: PreTrainedModel, domains: Sequence[str], counts: Sequence[int], short: bool
+    base: PreTrainedModel,
+    domains: Sequence[str],
+    counts: Sequence[int],
+    short: bool,
+    frozen_dtype: FrozenDtype = None,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds a token, and of whole answers and of the `router`: of the `base` model, `routed`, and with `n stacks` on."""
     base.eval()
@@ -97,7 +107,7 @@ def measured(
         return generate
 
     with TemporaryDirectory() as path:
-        library = new_library(Path(path) / "library", base, domains, 2)
+        library = new_library(Path(path) / "library", base, domains, 2, frozen_dtype=frozen_dtype)
         with_router(library, domains, base.config.hidden_size)
         model = load(library, base)
         tuner = tuner_of(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,20 @@ from axolotl_brainstacks.adapter.gating import Gating, gated
 
 STACKS, HIDDEN, COLUMNS = 9, 576, 128
 GATING = Gating(EXPERTS, RANK, TOP_K, 1.0)
+ON = 4  # stacks that answer: 2 domains x 2
+# The seven projections of a decoder layer, (in, out).
+SHAPES = {
+    "SmolLM2-135M": [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)],
+    "Gemma 3 12B": [
+        (3840, 4096),
+        (3840, 2048),
+        (3840, 2048),
+        (4096, 3840),
+        (3840, 15360),
+        (3840, 15360),
+        (15360, 3840),
+    ],
+}
 
 
 def run(short: bool) -> Result:
@@ -23,8 +37,9 @@ def run(short: bool) -> Result:
         a_side("one A-side product for q, k, v: a token's answer", 1, 3, False, short),
         a_side("one A-side product for gate, up: a token's answer", 1, 2, False, short),
         kept_projection(short),
+        *(used_experts(what, shapes, short) for what, shapes in SHAPES.items()),
     ]
-    return Result(rows, SMOLLM2_SIZES | {"frozen": STACKS, "columns": COLUMNS})
+    return Result(rows, SMOLLM2_SIZES | {"frozen": STACKS, "columns": COLUMNS, "on": ON, "shapes": SHAPES})
 
 
 def a_side(what: str, tokens: int, projections: int, training: bool, short: bool) -> Comparison:
@@ -77,6 +92,50 @@ def kept_projection(short: bool) -> Comparison:
         lambda name: tuner.set_null_space("default", bases if name == "projected" else {}),
     )
     return compare("B projected once for all evaluation batches", "at each", times["kept"], times["projected"])
+
+
+def used_experts(what: str, shapes: Sequence[tuple[int, int]], short: bool) -> Comparison:
+    """A token's deltas by the experts that it uses alone, gathered first, and by all of them, the unused with gate 0."""
+    layers = 30 if shapes[0][0] < 1000 else 2  # together larger than the caches
+    banks = [
+        (
+            torch.randn(ON, EXPERTS + EXPERTS * RANK, wide, device=DEVICE) * 0.02,
+            torch.randn(ON, EXPERTS * RANK, out, device=DEVICE) * 0.02,
+            torch.randn(1, wide, device=DEVICE),
+            torch.randn(1, out, device=DEVICE),
+        )
+        for _ in range(layers)
+        for wide, out in shapes
+    ]
+    first_rank = torch.arange(ON, device=DEVICE)[:, None] * EXPERTS
+    gate_rows = (torch.arange(ON, device=DEVICE)[:, None, None] + 1) * EXPERTS
+    ranks = torch.arange(RANK, device=DEVICE)
+
+    def dense(inputs: Tensor, outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        h = F.linear(x, inputs.flatten(0, 1)).unflatten(-1, (ON, -1))
+        return torch.addmm(y, gated(h, GATING)[0], outputs.flatten(0, 1))
+
+    def gathered(inputs: Tensor, outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        values, chosen = torch.matmul(inputs[:, :EXPERTS], x[0]).topk(TOP_K, dim=-1)
+        experts = chosen + first_rank
+        rows = torch.add(ranks, experts.unsqueeze(-1), alpha=RANK)
+        a = inputs.flatten(0, 1).index_select(0, (rows + gate_rows).flatten())
+        b = outputs.flatten(0, 1).index_select(0, rows.flatten())
+        z = torch.mv(a, x[0]).view(-1, RANK) * values.softmax(-1).view(-1, 1)
+        return torch.addmm(y, z.view(1, -1), b)
+
+    def repeated(delta: Callable[..., Tensor]) -> Callable[[], None]:
+        @torch.no_grad()
+        def many() -> None:
+            for bank in banks:
+                delta(*bank)
+
+        return many
+
+    for bank in banks[: len(shapes)]:
+        torch.testing.assert_close(gathered(*bank), dense(*bank), rtol=1e-3, atol=1e-3)
+    times = alternate({"gathered": repeated(gathered), "dense": repeated(dense)}, repeats(short))
+    return compare(f"a token's deltas by used experts alone, {what}", "by all", times["gathered"], times["dense"])
 
 
 if __name__ == "__main__":

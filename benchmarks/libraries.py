@@ -11,15 +11,21 @@ from transformers import PreTrainedModel
 
 from axolotl_brainstacks.adapter.model import library_config
 from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
+from axolotl_brainstacks.manifest import FrozenDtype
 
 NAME = "random"
 
 
 def new_library(
-    path: Path, base: PreTrainedModel, domains: Sequence[str], stacks: int, scale: float = 0.001
+    path: Path,
+    base: PreTrainedModel,
+    domains: Sequence[str],
+    stacks: int,
+    scale: float = 0.001,
+    frozen_dtype: FrozenDtype = None,
 ) -> Library:
     """A library of finished domains with `stacks` random stacks each, that PEFT can load."""
-    library = Library.create(path, BaseModelInfo.of(base, NAME))
+    library = Library.create(path, BaseModelInfo.of(base, NAME), frozen_dtype)
     model = with_stacks(base)
     config = model.peft_config["default"].to_dict()
     with library.writing():

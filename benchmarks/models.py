@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksModel
+from axolotl_brainstacks.manifest import FrozenDtype
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS, RANK, TOP_K = 4, 16, 2
@@ -96,12 +97,13 @@ def with_lora(base: PreTrainedModel, targets: list[str] = PROJECTIONS) -> PeftMo
     )
 
 
-def with_stacks(base: PreTrainedModel, frozen: int = 0) -> PeftModel:
+def with_stacks(base: PreTrainedModel, frozen: int = 0, frozen_dtype: FrozenDtype = None) -> PeftModel:
     """A fresh stack in training on top of `frozen` random ones."""
     config = BrainstacksConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, num_experts=EXPERTS, top_k=TOP_K, target_modules=PROJECTIONS
     )
     model = get_peft_model(another(base), config)
+    tuner_of(model).keep_frozen_as(frozen_dtype)
     for _ in range(frozen):
         attach_random(model)
     return model

@@ -171,6 +171,27 @@ def test_one_domain_goes_onto_an_existing_library(
     assert "`legal` is already in the library" in train(config, tmp_path, expect=1)
 
 
+def test_stacks_kept_in_bf16_are_measured_loaded_and_added_to_as_such(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = curriculum_config(
+        tiny_llama_dir, tmp_path, ["chat", "code"], frozen_dtype="bfloat16", boosting={"max_rounds": 1}
+    )
+    train(config, tmp_path)
+    library = Library.open(tmp_path / "out" / "library")
+    base = AutoModelForCausalLM.from_pretrained(config["base_model"], dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
+    for row in json.loads((library.path / "report/forgetting.json").read_text()):
+        for name, loss in row["own_stacks"].items():
+            entry = library.manifest.domain(name)
+            with loaded.base_model.using_stacks(entry.context):
+                assert mean_loss(loaded, unpack_rows(library.validation(name)), 2) == loss == entry.last_loss
+    banks = [buffer for layer in loaded.base_model.layers() for buffer in layer.bank.buffers()]
+    assert banks and {buffer.dtype for buffer in banks} == {torch.bfloat16}
+    assert library.stack_tensors("s001_chat").popitem()[1].dtype == torch.float32
+    del config["brainstacks"]["frozen_dtype"]
+    config["brainstacks"]["domains"] += curriculum_config(tiny_llama_dir, tmp_path, ["math"])["brainstacks"]["domains"]
+    assert "measured with bfloat16: set it to bfloat16" in train(config, tmp_path, expect=1)
+
+
 def test_isolated_domains_do_not_see_each_other(tiny_llama_dir: Path, tmp_path: Path) -> None:
     config = curriculum_config(tiny_llama_dir, tmp_path, ["chat", "code"], context="isolated")
     train(config, tmp_path)

@@ -309,6 +309,36 @@ def test_over_a_bf16_projection_the_active_stack_stays_in_its_own_dtype() -> Non
     assert layer(x).dtype == torch.bfloat16
 
 
+def test_frozen_stacks_may_be_kept_in_bf16_over_an_fp32_projection() -> None:
+    base = nn.Linear(IN, OUT)
+    everyone = SHAPES[0] | {"top_k": SHAPES[0]["num_experts"]}  # rounded logits may prefer other experts
+    frozen, active = [random_stack(everyone) for _ in range(2)], random_stack(everyone, dtype=torch.float32)
+    layer = layer_with(base, [], active)
+    whole = layer.bank_bytes(layer.shapes["default"])
+    layer.frozen_dtype = torch.bfloat16
+    for i, stack in enumerate(frozen):
+        stack.a, stack.b = stack.a.bfloat16().double(), stack.b.bfloat16().double()
+        layer.attach(f"s{i}", stack.config, stack.a, stack.b)
+    layer.bank.select(["s0", "s1"])
+    held = list(layer.bank.buffers())
+    assert {buffer.dtype for buffer in held} == {torch.bfloat16}
+    assert sum(buffer.nbytes for buffer in held) == len(frozen) * layer.bank_bytes(layer.shapes["default"]) == whole
+    x = torch.randn(3, 7, IN).bfloat16().float().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, expected = (
+        layer(x),
+        base(x.detach()).double() + sum(reference_delta(stack, exact) for stack in [*frozen, active]),
+    )
+    assert y.dtype == torch.float32
+    assert_near(y, expected, 2e-2)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    assert x.grad is not None and exact.grad is not None
+    base_part = upstream.double() @ base.weight.double()
+    assert_near(x.grad, exact.grad + base_part, 2e-2)
+
+
 # A fresh stack
 
 

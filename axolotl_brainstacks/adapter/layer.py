@@ -63,6 +63,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         self.shapes: dict[str, StackShape] = {}
         self.configs: dict[str, BrainstacksConfig] = {}
         self.bank = StackBank()
+        self.frozen_dtype: torch.dtype | None = None
         self.batch = BatchTokens()
         # A micro-batch's share in the optimiser step: the trainer's loss is divided likewise.
         self.balance_scale = 1.0
@@ -143,7 +144,8 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
     @torch.inference_mode(False)  # a tensor made in inference mode could not be trained through, nor be replaced, later
     @torch.no_grad()
     def hold(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
-        """Take frozen stacks out and in; they are kept in the base layer's compute dtype, on its device or offloaded."""
+        """Take frozen stacks out and in; they are kept as `frozen_dtype` says, else in the base layer's compute dtype, on its
+        device or offloaded."""
         device, dtype = self._bank_device_and_dtype()
         if self.bank.offload is not None:
             device = torch.device("cpu")
@@ -162,6 +164,8 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
 
     def _bank_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype]:
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if self.frozen_dtype is not None:
+            return device, self.frozen_dtype
         if dtype is None or not dtype.is_floating_point:
             dtype = torch.float16 if dtype is torch.int8 else torch.float32
         return device, dtype

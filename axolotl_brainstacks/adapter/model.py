@@ -25,6 +25,7 @@ from axolotl_brainstacks.adapter.tensors import stack_pairs, stack_tensors
 if TYPE_CHECKING:
     from axolotl_brainstacks.inference import Domains, PromptRoute
     from axolotl_brainstacks.library import Library
+    from axolotl_brainstacks.manifest import FrozenDtype
     from axolotl_brainstacks.residency import ResidentStacks
     from axolotl_brainstacks.routing.router import Router
 
@@ -93,6 +94,7 @@ class BrainstacksModel(BaseTuner):
         layer.batch = self._batch
         if self._offload is not None:
             layer.offload_frozen(self._offload)
+        layer.frozen_dtype = self._frozen_dtype
         layer.requires_grad_(False)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
@@ -102,6 +104,7 @@ class BrainstacksModel(BaseTuner):
         self._stacks: list[FrozenStack] = []
         self._batch = BatchTokens()
         self._offload: Offload | None = None
+        self._frozen_dtype: torch.dtype | None = None
         self._on: tuple[list[str], Tensor | None] = [], None
         self._mode = "auto"
         # Whether `_on` waits to be switched on, and perhaps read from disk, at the next forward.
@@ -131,6 +134,7 @@ class BrainstacksModel(BaseTuner):
 
         library = Library.open(path)
         library.manifest.base.check(BaseModelInfo.of(self.model, model_name))
+        self.keep_frozen_as(library.manifest.frozen_dtype)
         self.resident = ResidentStacks(self, library)
         self._stacks = [FrozenStack(entry.name, entry.domain) for entry in library.manifest.stacks]
         self._library = path
@@ -161,13 +165,27 @@ class BrainstacksModel(BaseTuner):
         Raises:
             ValueError: if a stack is in memory already.
         """
-        if any(layer.bank.names for layer in self.layers()):
-            raise ValueError(
-                "Call `offload_frozen` before any stack is in memory: before the first forward or attached stack"
-            )
+        self._check_none_is_held("offload_frozen")
         self._offload = Offload()
         for layer in self.layers():
             layer.offload_frozen(self._offload)
+
+    def keep_frozen_as(self, dtype: FrozenDtype) -> None:
+        """Keep frozen stacks in this type from here on, None for the base model's. A library that is loaded sets its own.
+
+        Raises:
+            ValueError: if a stack is in memory already.
+        """
+        self._check_none_is_held("keep_frozen_as")
+        self._frozen_dtype = None if dtype is None else getattr(torch, dtype)
+        for layer in self.layers():
+            layer.frozen_dtype = self._frozen_dtype
+
+    def _check_none_is_held(self, method: str) -> None:
+        if any(layer.bank.names for layer in self.layers()):
+            raise ValueError(
+                f"Call `{method}` before any stack is in memory: before the first forward or attached stack"
+            )
 
     def attach_stack(self, name: str, domain: str, config: BrainstacksConfig, tensors: Mapping[str, Tensor]) -> None:
         """Add a frozen stack from the tensors of its PEFT folder, and switch all attached stacks on.
@@ -367,6 +385,7 @@ def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -
     from axolotl_brainstacks.library import BaseModelInfo
 
     library.manifest.base.check(BaseModelInfo.of(tuner.model, model_name))
+    tuner.keep_frozen_as(library.manifest.frozen_dtype)
     for entry in library.manifest.stacks:
         config = BrainstacksConfig.from_pretrained(str(library.stack_path(entry.name)))
         tuner.attach_stack(entry.name, entry.domain, config, library.stack_tensors(entry.name))

@@ -168,6 +168,7 @@ class Plan:
             return set()
         library = Library.open(self.library_path)
         self.block.check_names(entry.name for entry in library.manifest.domains)
+        self.block.check_frozen_dtype(library.manifest.frozen_dtype)
         done = {entry.name for entry in library.manifest.domains if entry.done}
         if self.block.domain in done:
             raise ValueError(

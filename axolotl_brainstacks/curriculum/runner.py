@@ -58,7 +58,7 @@ class CurriculumRunner:
             self.plan.check_unchanged()
         else:
             self.plan.check_unchanged()
-            self.library = Library.create(path, base)
+            self.library = Library.create(path, base, self.plan.block.frozen_dtype)
             stack.enter_context(self.library.writing())
         # From the first stack on, so that an interrupted curriculum can be loaded too.
         self.library.write_root_config(library_config(self.plan.raw["base_model"], ".").to_dict())
