@@ -48,26 +48,28 @@ def fit_null_space(
 ) -> NullSpace:
     """Add up to `directions` columns per projection to those `held`; every sample counts alike, whatever its length.
 
+    Of B matrices one projection's at a time are in memory besides the banks.
+
     Raises:
         ValueError: if a projection has no direction left.
     """
-    moments: dict[BrainstacksLayer, list[tuple[Tensor, Tensor]]] = {}
+    rows: dict[tuple[str, ...], list[Row]] = {}
     for calibration in calibrations:
-        for layer, moment in _moments(model, tuner, calibration, batch_size).items():
-            moments.setdefault(layer, []).append(moment)
+        rows.setdefault(tuple(calibration.stacks), []).extend(calibration.rows)
+    grams = {stacks: _grams(model, tuner, Calibration(mine, [*stacks]), batch_size) for stacks, mine in rows.items()}
     columns, captured, total, left = {}, 0.0, 0.0, {}
-    for layer, parts in moments.items():
-        basis = held.get(layer.module_name)
-        fit = fit_directions(
-            torch.block_diag(*(gram for gram, _ in parts)),
-            torch.cat([output for _, output in parts]),
-            basis,
-            directions,
-        )
-        columns[layer.module_name] = fit.columns.cpu()
-        captured, total = captured + fit.captured, total + fit.total
-        used = fit.columns.shape[1] + (0 if basis is None else basis.shape[1])
-        left[layer.module_name] = 1 - used / layer.out_features
+    with tuner.using_stacks([]):
+        for layer in tuner.layers():
+            parts = {stacks: found[layer] for stacks, found in grams.items() if layer in found}
+            if not parts:
+                continue
+            basis = held.get(layer.module_name)
+            outputs = torch.cat([_outputs(layer, stacks, gram.device) for stacks, gram in parts.items()])
+            fit = fit_directions(torch.block_diag(*parts.values()), outputs, basis, directions)
+            columns[layer.module_name] = fit.columns.cpu()
+            captured, total = captured + fit.captured, total + fit.total
+            used = fit.columns.shape[1] + (0 if basis is None else basis.shape[1])
+            left[layer.module_name] = 1 - used / layer.out_features
     tightest = min(left, key=lambda name: left[name])
     if left[tightest] <= 0:
         raise ValueError(
@@ -78,10 +80,10 @@ def fit_null_space(
 
 
 @torch.no_grad()
-def _moments(
+def _grams(
     model: PeftModel, tuner: BrainstacksModel, calibration: Calibration, batch_size: int
-) -> dict[BrainstacksLayer, tuple[Tensor, Tensor]]:
-    """Per projection with stacks on: the second moment of their rank-space activations, and their B matrices."""
+) -> dict[BrainstacksLayer, Tensor]:
+    """Per projection with stacks on: the second moment of their rank-space activations."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -98,13 +100,19 @@ def _moments(
             finally:
                 for layer in layers:
                     layer.bank.observer = None
-        moments = {}
+        totals = {}
         for layer in layers:
             gram = grams[layer].total
             assert gram is not None
-            moments[layer] = sum_over_ranks(gram), layer.bank.output_matrix().to(gram.device, torch.float32)
+            totals[layer] = sum_over_ranks(gram)
     model.train(was_training)
-    return moments
+    return totals
+
+
+def _outputs(layer: BrainstacksLayer, stacks: Sequence[str], device: torch.device) -> Tensor:
+    """The B matrices (ranks, out) of `stacks`, which stay on in this projection."""
+    layer.bank.select(stacks)
+    return layer.bank.output_matrix().to(device, torch.float32)
 
 
 def merge_columns(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

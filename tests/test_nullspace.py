@@ -227,12 +227,13 @@ def test_fit_null_space_equals_the_svd_of_deltas_collected_through_hooks() -> No
     freeze(model, ["s001_chat", "s002_chat", "s003_code"])
     first = Calibration(some_rows([4, 17, 9, 9, 2]), ["s001_chat", "s002_chat"])
     second = Calibration(some_rows([12, 3]), ["s001_chat", "s002_chat", "s003_code"])
+    third = Calibration(some_rows([5, 11]), ["s001_chat", "s002_chat"])
     held = {layer.module_name: orthonormal(layer.out_features, 2).float() for layer in layers_of(model)[::2]}
 
     model.train()
-    got = fit(model, [first, second], held, directions=4)
+    got = fit(model, [first, second, third], held, directions=4)
 
-    explicit = [explicit_deltas(model, part.stacks, part.rows) for part in (first, second)]
+    explicit = [explicit_deltas(model, part.stacks, part.rows) for part in (first, second, third)]
     captured = total = 0.0
     for layer in layers_of(model):
         name = layer.module_name
