@@ -40,6 +40,23 @@ def preferring(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return config
 
 
+def test_after_dpo_on_a_4_bit_base_the_next_domain_trains_in_fp32_again(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """TRL makes the stack in training bf16 there."""
+    config = curriculum_config(tiny_llama_dir, tmp_path, ["math"], boosting={"max_rounds": 1})
+    domains = preferring(config | {"load_in_4bit": True}, tmp_path)["brainstacks"]["domains"]
+    train(config | {"load_in_4bit": True, "brainstacks": config["brainstacks"] | {"domains": domains[::-1]}}, tmp_path)
+    library = Library.open(tmp_path / "out" / "library")
+    in_bf16 = {
+        stack.domain: all(
+            tensor.equal(tensor.bfloat16().float())
+            for key, tensor in library.stack_tensors(stack.name).items()
+            if key.endswith("A.weight")  # B is folded in fp32 when it is frozen
+        )
+        for stack in library.manifest.stacks
+    }
+    assert in_bf16 == {"taste": True, "math": False}
+
+
 def test_two_rounds_of_dpo_stopped_and_resumed(tiny_llama_dir: Path, tmp_path: Path) -> None:
     config = preferring(curriculum_config(tiny_llama_dir, tmp_path, ["chat"]), tmp_path)
     train(config, tmp_path)
@@ -47,7 +64,7 @@ def test_two_rounds_of_dpo_stopped_and_resumed(tiny_llama_dir: Path, tmp_path: P
     assert library.verify() == []
     taste = library.manifest.domain("taste")
     assert [record.kept for record in taste.rounds] == [True, True] and taste.done
-    assert taste.rounds[0].loss_after < 0.6 < taste.rounds[0].loss_before
+    assert taste.rounds[0].loss_after < 0.65 < taste.rounds[0].loss_before
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
     assert len(loaded.base_model.stacks) == len(library.manifest.stacks)
