@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from axolotl_brainstacks.manifest import FrozenDtype
+from axolotl_brainstacks.manifest import FrozenDtype, Manifest
 
 DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -144,8 +144,8 @@ class BrainstacksBlock(_Strict):
     )
     frozen_dtype: FrozenDtype = Field(
         default=None,
-        description="`bfloat16`: frozen stacks in half the memory of fp32 ones, faster where the CPU multiplies bf16. "
-        "Default: the base model's type.",
+        description="`bfloat16`: over an fp32 base, frozen stacks in half the memory, and faster training where the CPU "
+        "multiplies bf16. Default: the base model's type. A library keeps what its first stack had.",
     )
     max_resident_bytes: int | None = Field(
         default=None, ge=1, description="Most memory for stacks when answering; those used least recently leave first."
@@ -200,13 +200,14 @@ class BrainstacksBlock(_Strict):
                         f"brainstacks.router.{key} names `{name}`, but the domains are {', '.join(known)}: correct the name"
                     )
 
-    def check_frozen_dtype(self, library: FrozenDtype) -> None:
-        """Raises ValueError unless frozen stacks are kept as `library` says: its losses were measured so."""
-        if self.frozen_dtype != library:
-            mend = f"set it to {library}" if library else "leave the key out"
+    def check_frozen_dtype(self, library: Manifest) -> None:
+        """Raises ValueError when the stacks of `library` are kept as another type: its losses were measured so."""
+        kept = library.frozen_dtype
+        if library.stacks and self.frozen_dtype != kept:
+            mend = f"set it to {kept}" if kept else "leave the key out"
             raise ValueError(
-                f"brainstacks.frozen_dtype is {self.frozen_dtype or 'left out'}, but the library's losses were measured with "
-                f"{library or 'its default'}: {mend}, or train into a new library"
+                f"brainstacks.frozen_dtype is {self.frozen_dtype or 'left out'}, but the library's stacks are kept as "
+                f"{kept or 'the base model is'}: {mend}, or train into a new library"
             )
 
     @property

@@ -49,7 +49,8 @@ def list_domains(ctx: click.Context) -> None:
     from rich.table import Table
 
     manifest = _open(ctx).manifest
-    table = Table(title=f"{ctx.obj} on {manifest.base.title}", title_justify="left")
+    kept = f", stacks in {manifest.frozen_dtype}" if manifest.frozen_dtype else ""
+    table = Table(title=f"{ctx.obj} on {manifest.base.title}{kept}", title_justify="left", pad_edge=False)
     table.add_column("domain", overflow="fold")
     for heading in ("done", "rounds", "stacks", "loss", "capacity", "MB", "router"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -6,6 +6,7 @@ removes it.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -41,6 +42,8 @@ from axolotl_brainstacks.storage import (
     tensors_to_bytes,
     write_durably,
 )
+
+LOG = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -205,6 +208,13 @@ class Library:
         with self._changing() as manifest:
             manifest.router = entry
 
+    def set_frozen_dtype(self, dtype: FrozenDtype) -> None:
+        """Say how stacks are kept in memory, before there is one."""
+        if self.manifest.frozen_dtype != dtype:
+            assert not self.manifest.stacks
+            with self._changing() as manifest:
+                manifest.frozen_dtype = dtype
+
     def write_root_config(self, config: dict[str, Any]) -> None:
         """Make the library itself a folder that `PeftModel.from_pretrained(base, library)` accepts."""
         data = {WEIGHTS: tensors_to_bytes({}, "the library"), CONFIG: json_to_bytes(config)}
@@ -267,11 +277,17 @@ class Library:
             if path.name == CONFIG or path.suffix == ".safetensors"
             if path.relative_to(self.path).as_posix() not in self.manifest.files
         ]
-        return self.damage() + unknown + self._problems(self.manifest.root)
+        router = [
+            f"{problem}: fit the router again with `axolotl brainstacks-router CONFIG`"
+            for problem in self._problems(self.manifest.router.files if self.manifest.router else {})
+        ]
+        return self.damage() + router + unknown + self._problems(self.manifest.root)
 
     def damage(self) -> list[str]:
-        """The part of `verify` that training cannot mend: the root's files it writes anew, others it leaves alone."""
-        return self._problems(self.manifest.files)
+        """The part of `verify` that a training run must not meet: the root's files it writes anew, the router it does not
+        read, others it leaves alone."""
+        routers = self.manifest.router.files if self.manifest.router else {}
+        return self._problems({file: record for file, record in self.manifest.files.items() if file not in routers})
 
     def _problems(self, files: dict[str, FileRecord]) -> list[str]:
         return [problem for file, record in files.items() if (problem := problem_of(self.path / file, record))]
@@ -350,6 +366,14 @@ class Library:
         listed = {PurePosixPath(file).parts[:2] for file in self.manifest.files}
         found = (p for folder, name in OWNED.items() for p in (self.path / folder).glob("*") if name.fullmatch(p.name))
         unlisted = [p for p in found if (p.parent.name, p.name) not in listed]
+        numbers = {p: int(p.name[1:].partition("_")[0]) for p in unlisted if p.parent.name == "stacks"}
+        if newer := [p for p, number in numbers.items() if number > self.manifest.next_stack]:
+            raise ValueError(
+                f"{self.path / MANIFEST} is older than {min(newer)}: put the newest {MANIFEST} back, or move the stacks that "
+                "it does not know out of the library"
+            )
+        for path in numbers:
+            LOG.warning("%s was left by a killed run: removed", path)
         for path in [*unlisted, self.path / STAGE]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -136,7 +136,7 @@ def without_data(config: dict[str, Any]) -> None:
         (without_data, r"`datasets:` is missing in domain `math` of brainstacks\.domains"),
         (block(domains=[], domain="legal"), r"brainstacks: give either `domains:` .* or `domain:` .*, not both"),
         (block(library=""), r"`brainstacks\.library` is '': name a folder, or leave the key out"),
-        (block(frozen_dtype="bfloat16"), "frozen_dtype is bfloat16, but the library's losses .* leave the key out, or"),
+        (block(frozen_dtype="bfloat16"), "frozen_dtype is bfloat16, but the library.s stacks are kept as the base model is: "),
         (block(frozen_dtype="float8"), "`brainstacks.frozen_dtype` is 'float8'"),
         (block(router={"floors": {"chta": 0.2}}), r"router\.floors names `chta`, but the domains are chat, code, math:"),
         (block(router={"soft_domains": ["maths"]}), r"router\.soft_domains names `maths`, but the domains are chat, code"),

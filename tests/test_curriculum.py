@@ -12,6 +12,7 @@ from peft import PeftModel
 from processes import train
 from transformers import AutoModelForCausalLM
 
+from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.calibration import merge_columns
 from axolotl_brainstacks.evaluation import mean_loss, unpack_rows
 from axolotl_brainstacks.library import Library
@@ -187,9 +188,13 @@ def test_stacks_kept_in_bf16_are_measured_loaded_and_added_to_as_such(tiny_llama
     banks = [buffer for layer in loaded.base_model.layers() for buffer in layer.bank.buffers()]
     assert banks and {buffer.dtype for buffer in banks} == {torch.bfloat16}
     assert library.stack_tensors("s001_chat").popitem()[1].dtype == torch.float32
-    del config["brainstacks"]["frozen_dtype"]
     config["brainstacks"]["domains"] += curriculum_config(tiny_llama_dir, tmp_path, ["math"])["brainstacks"]["domains"]
-    assert "measured with bfloat16: set it to bfloat16" in train(config, tmp_path, expect=1)
+    train(config, tmp_path)
+    row = json.loads((library.path / "report/forgetting.json").read_text())[-1]
+    after = Library.open(library.path).manifest
+    assert row["after"] == "math" and row["own_stacks"] == {entry.name: entry.last_loss for entry in after.domains}
+    with pytest.raises(ValueError, match="left out, but the library's stacks are kept as bfloat16: set it to bfloat16"):
+        BrainstacksBlock(domain="legal").check_frozen_dtype(after)
 
 
 def test_isolated_domains_do_not_see_each_other(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from random_library import CONFIG, KEY, a_domain, a_round, alter_a_byte, some_tensors, truncate, weights
 from random_library import library as library
 
+from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.manifest import RouterEntry
 
@@ -202,8 +203,43 @@ def test_without_verify_a_truncated_file_is_still_named(library: Library) -> Non
         library.stack_tensors("s001_chat", verify=False)
 
 
+def test_an_older_manifest_costs_no_stack(library: Library) -> None:
+    older = (library.path / "manifest.json").read_bytes()
+    with library.writing():
+        for number in (2, 3):
+            library.add_stack("code", number, CONFIG, some_tensors(), a_round(number))
+    newest = (library.path / "manifest.json").read_bytes()
+    (library.path / "manifest.json").write_bytes(older)
+    stale = Library.open(library.path)
+    with pytest.raises(ValueError, match=r"manifest\.json is older than .*s004_code: put the newest"), stale.writing():
+        pass
+    (library.path / "manifest.json").write_bytes(newest)
+    assert Library.open(library.path).verify() == []
+
+
+def test_a_damaged_router_is_for_verify_and_does_not_stop_training(library: Library) -> None:
+    with library.writing():
+        record = library.write_file("router/router.safetensors", b"a router")
+        library.set_router(RouterEntry(files={"router/router.safetensors": record}, domains=["chat", "code"]))
+    (library.path / "router/router.safetensors").unlink()
+    assert library.damage() == []
+    (problem,) = library.verify()
+    assert "router.safetensors is missing: fit the router again with `axolotl brainstacks-router" in problem
+
+
+def test_the_type_of_frozen_stacks_is_open_until_there_is_one(library: Library, tmp_path: Path) -> None:
+    empty = Library.create(tmp_path / "empty", library.manifest.base)
+    block = BrainstacksBlock(domain="law", frozen_dtype="bfloat16")
+    block.check_frozen_dtype(empty.manifest)
+    with empty.writing():
+        empty.set_frozen_dtype("bfloat16")
+    assert Library.open(empty.path).manifest.frozen_dtype == "bfloat16"
+    with pytest.raises(ValueError, match="kept as the base model is"):
+        block.check_frozen_dtype(library.manifest)
+
+
 def test_leftovers_of_a_killed_writer_are_swept_and_files_of_the_user_are_not(library: Library) -> None:
-    stray = library.path / "stacks" / "s009_ghost" / "adapter_model.safetensors"
+    stray = library.path / "stacks" / "s003_ghost" / "adapter_model.safetensors"
     notes = library.path / "nullspace" / "old.safetensors"
     readme = library.path / "stacks" / "s001_chat" / "README.md"
     readme.write_text("mine")

@@ -25,7 +25,7 @@ def test_cli_list(library: Library) -> None:
         library.update_domain("code", done=True)
         library.set_router(RouterEntry(files={}, domains=["code"]))
     lines = run(library, "list").output.splitlines()
-    chat, code = (next(line for line in lines if f" {name}" in line and "->" in line) for name in ("chat", "code"))
+    chat, code = (next(line for line in lines if f"{name} " in line and "->" in line) for name in ("chat", "code"))
     assert "no" in chat and "none" in chat and "2.500 -> 1.500" in chat
     assert "yes" in code and "fitted" in code and "90%" in code
 

@@ -385,7 +385,6 @@ def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -
     from axolotl_brainstacks.library import BaseModelInfo
 
     library.manifest.base.check(BaseModelInfo.of(tuner.model, model_name))
-    tuner.keep_frozen_as(library.manifest.frozen_dtype)
     for entry in library.manifest.stacks:
         config = BrainstacksConfig.from_pretrained(str(library.stack_path(entry.name)))
         tuner.attach_stack(entry.name, entry.domain, config, library.stack_tensors(entry.name))

@@ -37,7 +37,7 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
             raise ValueError(
                 f"There is no library at {plan.library_path}; run `axolotl train` first, or set `brainstacks.library`"
             )
-        plan.block.check_frozen_dtype(Library.open(plan.library_path).manifest.frozen_dtype)
+        plan.block.check_frozen_dtype(Library.open(plan.library_path).manifest)
         peft_model = PeftModel.from_pretrained(model, str(plan.library_path))
         answering = tuner(peft_model)
         assert answering.resident is not None
@@ -56,7 +56,7 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
     check_targets(tuner(peft_model), config.target_modules)
     if plan.block.offload_frozen:
         tuner(peft_model).offload_frozen()
-    tuner(peft_model).keep_frozen_as(plan.block.frozen_dtype)
+    tuner(peft_model).keep_frozen_as(plan.block.frozen_dtype)  # `load_stages` has seen that the library's is the same
     if Library.exists(plan.library_path):
         attach_library(tuner(peft_model), Library.open(plan.library_path), cfg.base_model)
     if is_main():

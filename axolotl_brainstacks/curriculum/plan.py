@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOG = get_logger(__name__)
 
-_STACK_KEYS = {"num_experts", "top_k", "noisy_gate", "balance_coef", "context", "null_space"}
+_STACK_KEYS = {"num_experts", "top_k", "noisy_gate", "balance_coef", "context", "null_space", "frozen_dtype"}
 _NOT_LEARNED_FROM = {
     *("axolotl_config_path", "brainstacks", "dataset_num_proc", "dataset_prepared_path", "logging_steps", "output_dir"),
     *SAVING,
@@ -168,7 +168,7 @@ class Plan:
             return set()
         library = Library.open(self.library_path)
         self.block.check_names(entry.name for entry in library.manifest.domains)
-        self.block.check_frozen_dtype(library.manifest.frozen_dtype)
+        self.block.check_frozen_dtype(library.manifest)
         done = {entry.name for entry in library.manifest.domains if entry.done}
         if self.block.domain in done:
             raise ValueError(

@@ -56,6 +56,7 @@ class CurriculumRunner:
             self.library = Library.open(path)
             stack.enter_context(self.library.writing())
             self.plan.check_unchanged()
+            self.library.set_frozen_dtype(self.plan.block.frozen_dtype)
         else:
             self.plan.check_unchanged()
             self.library = Library.create(path, base, self.plan.block.frozen_dtype)

@@ -80,6 +80,7 @@ def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:
             f"{library.path} has no finished domain with a stack, so there is nothing to route among: run `axolotl train`"
         )
     block.check_names(entry.name for entry in library.manifest.domains)
+    block.check_frozen_dtype(library.manifest)
     return domains
 
 
