@@ -96,7 +96,8 @@ def batch_losses(model: nn.Module, batch: Batch) -> list[tuple[float, int]]:
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
-        logits = model(**inputs, logits_to_keep=read).logits
+        # A list serves on whatever device the last layer is.
+        logits = model(**inputs, logits_to_keep=read.tolist()).logits
     else:
         logits = model(**inputs).logits[:, read]
     losses = []

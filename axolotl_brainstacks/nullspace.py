@@ -39,7 +39,7 @@ class RankGram:
 
     def add(self, z: Tensor, token_weights: Tensor) -> None:
         """`z` (rows, tokens, R), `token_weights` (rows, tokens); a weight of 0 leaves a token out."""
-        z = z.detach().flatten(0, -2).float() * token_weights.flatten().float().sqrt().unsqueeze(-1)
+        z = z.detach().flatten(0, -2).float() * token_weights.to(z.device).flatten().float().sqrt().unsqueeze(-1)
         with torch.autocast(z.device.type, enabled=False):
             gram = z.T @ z
         self.total = gram if self.total is None else self.total + gram

@@ -45,7 +45,7 @@ class BatchTokens:
 
     def share_of(self, x: Tensor) -> Tensor | None:
         """The tokens' shares if `x` (..., features) holds the tokens of this batch."""
-        return self.share if self.share is not None and self.share.shape[:-2] == x.shape[:-1] else None
+        return self.share.to(x.device) if self.share is not None and self.share.shape[:-2] == x.shape[:-1] else None
 
 
 def top_k_gates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,8 @@ def base_features(
         )
     model.train(was_training)
     layers = output.hidden_states
-    hidden = MIDDLE_SHARE * layers[len(layers) // 2].float() + LAST_SHARE * output.last_hidden_state.float()
-    return hidden, mask
+    middle, last = (states.to(mask.device).float() for states in (layers[len(layers) // 2], output.last_hidden_state))
+    return MIDDLE_SHARE * middle + LAST_SHARE * last, mask
 
 
 def pad_right(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
