@@ -86,7 +86,7 @@ def by_kind(run: Callable[[], None]) -> dict[str, float]:
         seconds = time.perf_counter() - start
     for event in profiler.key_averages():
         space, _, name = event.key.partition("::")
-        if space == "aten" and event.device_type is DeviceType.CPU:  # kernels count with the operation that starts them
+        if space == "aten" and event.device_type == DeviceType.CPU:  # kernels count with the operation that starts them
             kind = PRODUCT if name in PRODUCTS else GATE if name in GATES else OTHER
             found[kind] += (event.self_device_time_total if ON_GPU else event.self_cpu_time_total) / 1e6
     return found | {BETWEEN: seconds - sum(found.values())}
