@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from axolotl_brainstacks.manifest import FrozenDtype, Manifest
+if TYPE_CHECKING:
+    from axolotl_brainstacks.manifest import Manifest
 
+FrozenDtype = Literal["bfloat16"] | None
 DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 

@@ -19,13 +19,13 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from axolotl_brainstacks.args import FrozenDtype
 from axolotl_brainstacks.manifest import (
     MANIFEST,
     STACK_PATTERN,
     BaseModelInfo,
     DomainEntry,
     FileRecord,
-    FrozenDtype,
     Manifest,
     NullSpaceEntry,
     RoundRecord,

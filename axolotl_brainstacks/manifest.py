@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from axolotl_brainstacks.args import FrozenDtype
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -38,7 +40,6 @@ def _inside(path: str) -> str:
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
-FrozenDtype = Literal["bfloat16"] | None
 DomainName = Annotated[str, Field(pattern=DOMAIN_PATTERN)]
 StackName = Annotated[str, Field(pattern=STACK_PATTERN)]
 

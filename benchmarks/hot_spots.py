@@ -1,6 +1,6 @@
 """What holds the rows that miss their target on SmolLM2-135M: where the extra time over the peer goes.
 
-`between operations` is wall time that no operation accounts for: Python, and modules being called.
+`between operations` is wall time that no operation accounts for: Python, autograd, and modules being called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from libraries import load, new_library
-from measure import ON_GPU, Comparison, Result, compare, counted, main, repeats, synchronise
+from measure import ON_GPU, Comparison, Result, compare, counted, main, synchronise
 from models import SMOLLM2_SIZES, random_ids, smollm2, training_step, tuner_of, with_lora, with_stacks
 from torch import nn
 from torch.autograd import DeviceType
@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 FROZEN, DOMAINS, ROUNDS, PROMPT = 9, ["chat", "code"], 2, 64
+TURNS = 7
 PRODUCTS = {"mm", "addmm", "bmm", "mv", "addmv"}
 GATES = {"topk", "_softmax", "scatter_", "zeros_like", "zero_", "fill_"}
 KINDS = PRODUCT, GATE, OTHER, BETWEEN = "matrix products", "top-k and softmax", "other operations", "between operations"
@@ -30,14 +31,14 @@ KINDS = PRODUCT, GATE, OTHER, BETWEEN = "matrix products", "top-k and softmax", 
 def run(short: bool) -> Result:
     base = smollm2()
     steps = {"theirs": training_step(with_lora(base)), "ours": training_step(with_stacks(base, FROZEN))}
-    step, step_figures = spots(f"train step, {FROZEN} frozen stacks", "PEFT LoRA r=64", steps, short)
+    step, step_figures = spots(f"train step, {FROZEN} frozen stacks", "PEFT LoRA r=64", steps)
     del steps
     with TemporaryDirectory() as path:
         model = load(new_library(Path(path) / "library", base.eval(), DOMAINS, ROUNDS), base)
         tuner_of(model).use_stacks(None, torch.full((1, len(DOMAINS) * ROUNDS), 0.9))
         tokens = {"theirs": next_token(base), "ours": next_token(model)}
         what = f"decode, a token, {len(DOMAINS)} domains x {ROUNDS} stacks"
-        token, token_figures = spots(what, "base model without PEFT", tokens, short)
+        token, token_figures = spots(what, "base model without PEFT", tokens)
     return Result([*step, *token], SMOLLM2_SIZES | {"prompt": PROMPT}, {"step": step_figures, "token": token_figures})
 
 
@@ -55,13 +56,13 @@ def next_token(model: nn.Module) -> Callable[[], None]:
 
 
 def spots(
-    what: str, peer: str, runs: Mapping[str, Callable[[], None]], short: bool
+    what: str, peer: str, runs: Mapping[str, Callable[[], None]]
 ) -> tuple[list[Comparison], dict[str, dict[str, float]]]:
     """Each kind of operation's share of the extra time, and the seconds by kind; medians of runs taken in turn."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for run in runs.values():
         run()
-    for _ in range(repeats(short)):
+    for _ in range(TURNS):
         for name, run in runs.items():
             found[name].append(by_kind(run))
     kinds = {name: {kind: median(each[kind] for each in every) for kind in KINDS} for name, every in found.items()}

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from axolotl_brainstacks.adapter.model import library_config
+from axolotl_brainstacks.args import FrozenDtype
 from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
-from axolotl_brainstacks.manifest import FrozenDtype
 
 NAME = "random"
 

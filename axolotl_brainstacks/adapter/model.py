@@ -23,9 +23,9 @@ from axolotl_brainstacks.adapter.offload import Offload
 from axolotl_brainstacks.adapter.tensors import stack_pairs, stack_tensors
 
 if TYPE_CHECKING:
+    from axolotl_brainstacks.args import FrozenDtype
     from axolotl_brainstacks.inference import Domains, PromptRoute
     from axolotl_brainstacks.library import Library
-    from axolotl_brainstacks.manifest import FrozenDtype
     from axolotl_brainstacks.residency import ResidentStacks
     from axolotl_brainstacks.routing.router import Router
 
