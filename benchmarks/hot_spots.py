@@ -30,16 +30,19 @@ KINDS = PRODUCT, GATE, OTHER, BETWEEN = "matrix products", "top-k and softmax", 
 
 def run(short: bool) -> Result:
     base = smollm2()
-    steps = {"theirs": training_step(with_lora(base)), "ours": training_step(with_stacks(base, FROZEN))}
-    step, step_figures = spots(f"train step, {FROZEN} frozen stacks", "PEFT LoRA r=64", steps)
-    del steps
+    lora, rows, figures = training_step(with_lora(base)), [], {}
+    for what, frozen in (("first stack", 0), (f"{FROZEN} frozen stacks", FROZEN)):
+        steps = {"theirs": lora, "ours": training_step(with_stacks(base, frozen))}
+        found, figures[what] = spots(f"train step, {what}", "PEFT LoRA r=64", steps)
+        rows += found
+    del lora, steps
     with TemporaryDirectory() as path:
         model = load(new_library(Path(path) / "library", base.eval(), DOMAINS, ROUNDS), base)
         tuner_of(model).use_stacks(None, torch.full((1, len(DOMAINS) * ROUNDS), 0.9))
         tokens = {"theirs": next_token(base), "ours": next_token(model)}
         what = f"decode, a token, {len(DOMAINS)} domains x {ROUNDS} stacks"
         token, token_figures = spots(what, "base model without PEFT", tokens)
-    return Result([*step, *token], SMOLLM2_SIZES | {"prompt": PROMPT}, {"step": step_figures, "token": token_figures})
+    return Result([*rows, *token], SMOLLM2_SIZES | {"prompt": PROMPT}, figures | {"token": token_figures})
 
 
 def next_token(model: nn.Module) -> Callable[[], None]:
