@@ -59,12 +59,13 @@ def test_after_dpo_on_a_4_bit_base_the_next_domain_trains_in_fp32_again(tiny_lla
 
 def test_two_rounds_of_dpo_stopped_and_resumed(tiny_llama_dir: Path, tmp_path: Path) -> None:
     config = preferring(curriculum_config(tiny_llama_dir, tmp_path, ["chat"]), tmp_path)
+    config["brainstacks"]["domains"][1]["max_steps"] = 12
     train(config, tmp_path)
     library = Library.open(tmp_path / "out" / "library")
     assert library.verify() == []
     taste = library.manifest.domain("taste")
     assert [record.kept for record in taste.rounds] == [True, True] and taste.done
-    assert taste.rounds[0].loss_after < 0.65 < taste.rounds[0].loss_before
+    assert taste.rounds[0].loss_after < 0.6 < taste.rounds[0].loss_before
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
     assert len(loaded.base_model.stacks) == len(library.manifest.stacks)
