@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import gemma12b
 import torch
 import torch.nn.functional as F
 from measure import DEVICE, Comparison, Result, alternate, compare, main, repeats
@@ -18,15 +19,7 @@ ON = 4  # stacks that answer: 2 domains x 2
 # The seven projections of a decoder layer, (in, out).
 SHAPES = {
     "SmolLM2-135M": [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)],
-    "Gemma 3 12B": [
-        (3840, 4096),
-        (3840, 2048),
-        (3840, 2048),
-        (4096, 3840),
-        (3840, 15360),
-        (3840, 15360),
-        (15360, 3840),
-    ],
+    "Gemma 3 12B": [*gemma12b.PROJECTIONS.values()],
 }
 
 

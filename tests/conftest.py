@@ -1,7 +1,9 @@
-"""Session fixtures: model folders and the demo's data, made once into the ignored ``.demo`` folder of the repo."""
+"""Fixtures of many tests: model folders and the demo's data, made once into the ignored ``.demo`` folder; a small disk."""
 
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,14 @@ def gemma_dir() -> Path:
 @pytest.fixture(scope="session")
 def demo_data_dir() -> Path:
     return prepare_data(DEMO)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MB that a test can fill."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -402,16 +402,6 @@ def test_a_library_of_another_model(config: dict[str, Any], tmp_path: Path) -> N
         assert_failed(log, rf"was trained on {re.escape(str(base))}, but {re.escape(str(other))} has .*{message}")
         assert f"set base_model to {base}" in log
     assert contents(config) == before
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 def test_a_disk_that_fills_up_while_saving(config: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
