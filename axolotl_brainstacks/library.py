@@ -279,15 +279,15 @@ class Library:
         ]
         router = [
             f"{problem}: fit the router again with `axolotl brainstacks-router CONFIG`"
-            for problem in self._problems(self.manifest.router.files if self.manifest.router else {})
+            for problem in self._problems(self.manifest.router_files)
         ]
         return self.damage() + router + unknown + self._problems(self.manifest.root)
 
     def damage(self) -> list[str]:
         """The part of `verify` that a training run must not meet: the root's files it writes anew, the router it does not
         read, others it leaves alone."""
-        routers = self.manifest.router.files if self.manifest.router else {}
-        return self._problems({file: record for file, record in self.manifest.files.items() if file not in routers})
+        files, router = self.manifest.files, self.manifest.router_files
+        return self._problems({file: record for file, record in files.items() if file not in router})
 
     def _problems(self, files: dict[str, FileRecord]) -> list[str]:
         return [problem for file, record in files.items() if (problem := problem_of(self.path / file, record))]

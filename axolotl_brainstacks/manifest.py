@@ -224,7 +224,11 @@ class Manifest(_Entry):
         files = {f"stacks/{s.name}/{file}": record for s in self.stacks for file, record in s.files.items()}
         files |= {d.nullspace.file: d.nullspace.record for d in self.domains if d.nullspace}
         files |= {f"validation/{d.name}.safetensors": d.validation for d in self.domains if d.validation}
-        return files | (self.router.files if self.router else {})
+        return files | self.router_files
+
+    @property
+    def router_files(self) -> dict[str, FileRecord]:
+        return self.router.files if self.router else {}
 
     def domain(self, name: str) -> DomainEntry:
         for entry in self.domains:

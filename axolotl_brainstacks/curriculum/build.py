@@ -37,10 +37,10 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
             raise ValueError(
                 f"There is no library at {plan.library_path}; run `axolotl train` first, or set `brainstacks.library`"
             )
-        plan.block.check_frozen_dtype(Library.open(plan.library_path).manifest)
         peft_model = PeftModel.from_pretrained(model, str(plan.library_path))
         answering = tuner(peft_model)
         assert answering.resident is not None
+        plan.block.check_frozen_dtype(answering.resident.manifest)
         answering.show_routes = True
         if plan.block.offload_frozen:
             answering.offload_frozen()
