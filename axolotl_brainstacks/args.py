@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -117,12 +117,74 @@ class SampleArgs(_Strict):
     max_new_tokens: int = Field(default=48, ge=1, description="Length of such an answer.")
 
 
+class RLArgs(_Strict):
+    """When a round of preference or reinforcement learning ends early, and when its stack is kept."""
+
+    max_loss_increase: float = Field(
+        default=0.05, ge=0, description="Most by which a kept RL round may raise the domain's own validation loss."
+    )
+    max_reward_drop: float = Field(
+        default=0.2, gt=0, description="End a GRPO round when the held-out reward falls this far below its start."
+    )
+    loss_spike: float = Field(
+        default=10.0, gt=0, description="End an RL round when a logged training loss exceeds its first by this."
+    )
+
+
+class StageSettings(_Strict):
+    """Keys of `brainstacks:` that may differ by domain, or by RL round; those left out keep the value above them."""
+
+    boosting: BoostingArgs | None = None
+    null_space: NullSpaceArgs | None = None
+    samples: SampleArgs | None = None
+    rl: RLArgs | None = None
+    balance_coef: float | None = Field(default=None, ge=0)
+    noisy_gate: bool | None = None
+
+    def over(self, block: BrainstacksBlock) -> BrainstacksBlock:
+        """`block` with these values in place of its own; of a nested block only the keys that are given."""
+        update: dict[str, Any] = {}
+        for key in self.model_fields_set:
+            value, old = getattr(self, key), getattr(block, key, None)
+            if isinstance(value, BaseModel) and isinstance(old, BaseModel):
+                changes = {name: getattr(value, name) for name in value.model_fields_set}
+                value = old.model_copy(update=changes)
+            if value is not None:
+                update[key] = value
+        return block.model_copy(update=update)
+
+
+class DomainSettings(StageSettings):
+    """`brainstacks:` in a domain's entry."""
+
+    eval_rows: int | None = Field(default=None, ge=1)
+    router_datasets: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="Held-out rows for the router, as entries of `datasets:`; default: the domain's validation rows.",
+    )
+
+
+class RLRoundArgs(BaseModel):
+    """An entry of `rl_rounds:`: the kind of learning, and any ordinary Axolotl keys that differ from the domain's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    rl: Literal["dpo", "ipo", "simpo", "orpo", "kto", "grpo", "gdpo"]
+    brainstacks: StageSettings = Field(default_factory=StageSettings)
+
+    @property
+    def overlay(self) -> dict[str, Any]:
+        return dict(self.model_extra or {}) | {"rl": self.rl}
+
+
 class DomainArgs(BaseModel):
     """One domain of the curriculum: its name, and any ordinary Axolotl keys that differ from the top level."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str
+    brainstacks: DomainSettings = Field(default_factory=DomainSettings)
+    rl_rounds: list[RLRoundArgs] = Field(default_factory=list)
 
     @property
     def overlay(self) -> dict[str, Any]:
@@ -159,6 +221,7 @@ class BrainstacksBlock(_Strict):
     null_space: NullSpaceArgs = Field(default_factory=NullSpaceArgs)
     router: RouterArgs = Field(default_factory=RouterArgs)
     samples: SampleArgs = Field(default_factory=SampleArgs)
+    rl: RLArgs = Field(default_factory=RLArgs)
     domain: str | None = Field(default=None, description="Train one domain on the top-level `datasets:`.")
     domains: list[DomainArgs] | None = Field(default=None, description="The curriculum, in order.")
 
@@ -212,6 +275,12 @@ class BrainstacksBlock(_Strict):
                 f"{kept or 'the base model is'}: {mend}, or train into a new library"
             )
 
+    def settings_of(self, domain: str, rl_round: int | None = None) -> BrainstacksBlock:
+        """The block as it holds for `domain`, and for the entry `rl_round` (from 0) of its `rl_rounds:`."""
+        entry = next(entry for entry in self.curriculum if entry.name == domain)
+        block = entry.brainstacks.over(self)
+        return block if rl_round is None else entry.rl_rounds[rl_round].brainstacks.over(block)
+
     @property
     def curriculum(self) -> list[DomainArgs]:
         """The domains to train, in order; the one-domain form is a curriculum of one."""
@@ -223,7 +292,7 @@ class BrainstacksBlock(_Strict):
         try:
             return cls.model_validate(block)
         except ValidationError as error:
-            raise ValueError(explain(error, "brainstacks", cls)) from None
+            raise ValueError(explain(error, "brainstacks", cls, block)) from None
 
 
 class BrainstacksArgs(BaseModel):
@@ -232,11 +301,14 @@ class BrainstacksArgs(BaseModel):
     brainstacks: BrainstacksBlock | None = None
 
 
-def explain(error: ValidationError, root: str, model: type[BaseModel]) -> str:
-    """What Pydantic found wrong, without its dump of the input: one sentence per mistake, under its key's path."""
+def explain(error: ValidationError, root: str, model: type[BaseModel], block: Any = None) -> str:
+    """What Pydantic found wrong, without its dump of the input: one sentence per mistake, under its key's path.
+
+    In a path through `block`, the input, a domain goes by its name.
+    """
     sentences = []
     for mistake in error.errors(include_url=False):
-        path = ".".join(filter(None, [root, *map(str, mistake["loc"])]))
+        path = ".".join(filter(None, [root, *map(str, _named(mistake["loc"], block))]))
         value, message = mistake["input"], mistake["msg"].removeprefix("Value error, ")
         shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
         match mistake["type"]:
@@ -253,11 +325,34 @@ def explain(error: ValidationError, root: str, model: type[BaseModel]) -> str:
     return "; ".join(sentences)
 
 
+def _named(path: tuple[int | str, ...], block: Any) -> Iterator[int | str]:
+    """`path` through `block` with the names of list entries that have one instead of their numbers."""
+    for part in path:
+        try:
+            block = block[part]
+        except (LookupError, TypeError):
+            block = None
+        name = block.get("name") if isinstance(part, int) and isinstance(block, Mapping) else None
+        yield name if isinstance(name, str) else part
+
+
 def _did_you_mean(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    """The hint for an unknown key, the last part of `path`; only blocks of ours forbid unknown keys."""
     for part in path[:-1]:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
-        assert issubclass(model, BaseModel), "only blocks forbid unknown keys, and lists hold no such block"
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = next(kind for kind in (annotation, *_inner(annotation)) if _is_block(kind))
     return nearest(str(path[-1]), model.model_fields)
+
+
+def _inner(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        yield argument
+        yield from _inner(argument)
+
+
+def _is_block(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
