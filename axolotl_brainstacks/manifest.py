@@ -102,9 +102,17 @@ class BaseModelInfo(_Entry):
 
 
 class RoundRecord(_Entry):
-    """One round of residual boosting. Losses are mean validation losses per answer token, in nats."""
+    """One round: of residual boosting, or `rl`, of preference or reinforcement learning.
+
+    Losses are mean validation losses of the domain per answer token, in nats. The objectives of an RL round are what its
+    trainer measures on held-out rows: the preference loss, or the mean reward. `dropped` says why a round was not kept.
+    """
 
     round: int
+    rl: str | None = None
+    objective_before: float | None = None
+    objective_after: float | None = None
+    dropped: str | None = None
     kept: bool
     stack: StackName | None = None
     loss_before: float

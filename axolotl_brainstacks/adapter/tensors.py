@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 PREFIX = "base_model.model."
+OUTPUT = ".brainstacks_B.weight"  # how the name of every B matrix ends
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.brainstacks_(?P<part>[AB])\.weight$")
 
 

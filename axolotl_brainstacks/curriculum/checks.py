@@ -30,9 +30,6 @@ REFUSED = {
     "peft_layer_replication": "the base model is shared by all domains and must stay as it is",
     "peft_trainable_token_indices": "the base model is shared by all domains and must stay as it is",
     "lora_modules_to_save": "the base model is shared by all domains and must stay as it is",
-    "dpo_loss_type": "a round is judged by plain DPO's loss",
-    "dpo_use_weighting": "a round is judged by plain DPO's loss",
-    "rpo_alpha": "a round is judged by plain DPO's loss",
     "lora_target_parameters": "stacks wrap linear modules; name them in `lora_target_modules`",
     "unfrozen_parameters": "the base model is shared by all domains and must stay as it is",
 }
@@ -47,13 +44,13 @@ def check_refused(keys: dict[str, Any], where: str = "") -> None:
             raise ValueError(f"`{key}`{where} cannot be used with `adapter: brainstacks`: {reason}")
 
 
-def check_values(cfg: dict[str, Any], domain: str, overlay: dict[str, Any]) -> None:
-    """Raises ValueError for a value in a domain's complete config, `cfg`, that cannot be trained with."""
+def check_values(cfg: dict[str, Any], owner: str, overlay: dict[str, Any]) -> None:
+    """Raises ValueError for a value in a complete config, `cfg`, of a domain or an RL round, that cannot be trained with."""
     for key, (holds, rule) in _RULES.items():
         value = cfg.get(key)
         if value is None and key not in _REQUIRED:
             continue
-        where = f" of domain `{domain}`" if key in overlay else ""
+        where = f" of {owner}" if key in overlay else ""
         if value is None:
             raise ValueError(f"`{key}` is missing; it {rule}")
         if not holds(value):

@@ -32,13 +32,6 @@ def release(trainer: Trainer) -> None:
     trainer.accelerator.free_memory()
     if trainer.deepspeed is not None:
         _unhook(trainer.deepspeed, trainer.model)
-    if isinstance(trainer.model, PeftModel) and "ref" in trainer.model.peft_config:
-        trainer.model.delete_adapter("ref")  # TRL's copy for DPO; the next round's trainer makes its own
-    assert trainer.model is not None
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad and not sharded([parameter]):
-            # For DPO on a quantised base TRL makes them bf16, and leaves them so.
-            parameter.data = parameter.data.float()
     trainer.model_wrapped = None  # type: ignore[assignment]
     trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
     handler = trainer.callback_handler

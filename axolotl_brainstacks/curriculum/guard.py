@@ -1,11 +1,11 @@
-"""Keeps the best weights of a round and ends rounds that went wrong (paper section 1, best-weights guard)."""
+"""Keeps the best weights of a round and ends rounds that went wrong (arXiv 2604.01152, best-weights guard)."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_brainstacks.adapter.model import BrainstacksModel
-from axolotl_brainstacks.args import BoostingArgs
 from axolotl_brainstacks.distributed import barrier, gather_objects, gathered
 
 LOG = get_logger(__name__)
@@ -25,48 +24,111 @@ STATE_FILE = "brainstacks_guard.json"
 WEIGHTS_FILE = "brainstacks_best.safetensors"
 
 
-class Guard(TrainerCallback):
-    """Snapshots the stack at every gain of the validation loss; stops on a spike, a non-finite loss, or no gain.
+@dataclass(frozen=True)
+class Objective:
+    """What a round improves on held-out rows, as the trainer's evaluation reports it.
 
-    Decisions follow from losses that the trainer has gathered over all ranks, so every rank takes the same ones.
+    sign: 1 for a loss, -1 for a reward. worst_rise: end the round when ``sign * value`` exceeds its best, or with
+    `from_start` its start, by this.
     """
 
-    def __init__(self, tuner: BrainstacksModel, adapter: str, rules: BoostingArgs, fingerprint: str = "") -> None:
-        self.tuner, self.adapter, self.rules, self.fingerprint = tuner, adapter, rules, fingerprint
+    key: str = "eval_loss"
+    sign: int = 1
+    worst_rise: float = 0.1
+    from_start: bool = False
+    reason: str = "spike"
+
+
+class Guard(TrainerCallback):
+    """Snapshots the stack at every gain of the objective; stops on a spike, a non-finite value, or no gain.
+
+    The first evaluation comes before the first step, so that a round which only ever makes things worse gets its start
+    back: the identity. Decisions follow from what the trainer has gathered over all ranks, so every rank takes the same
+    ones.
+
+    Args:
+        loss_spike: for RL rounds, stop when a logged training loss exceeds the first one by this; None: never.
+    """
+
+    def __init__(
+        self,
+        tuner: BrainstacksModel,
+        adapter: str,
+        patience: int,
+        objective: Objective,
+        loss_spike: float | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.tuner, self.adapter, self.patience, self.objective = tuner, adapter, patience, objective
+        self.loss_spike, self.fingerprint = loss_spike, fingerprint
+        self.start: float | None = None  # of the objective, with its sign
+        self.start_metrics: dict[str, float] = {}
+        self.first_loss: float | None = None
         self.best_loss = math.inf
         self.best: dict[str, Tensor] | None = None
         self.evaluations_without_gain = 0
         self.evaluated_step = -1
         self.stop_reason = "finished"
+        self.closed = False
+        self._report: str | None = None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loss = kwargs["metrics"].get("eval_loss", math.nan)
+        if self.closed:
+            return
+        metrics = kwargs["metrics"]
+        value = metrics.get(self.objective.key)
+        loss = math.nan if value is None else self.objective.sign * value
         self.evaluated_step = state.global_step
+        if self.start is None:
+            self.start, self.start_metrics = loss, evaluation_figures(metrics)
         if loss < self.best_loss:
             self.best_loss, self.best, self.evaluations_without_gain = loss, self._snapshot(), 0
             return
         self.evaluations_without_gain += 1
+        anchor = self.start if self.objective.from_start else self.best_loss
         if not math.isfinite(loss):
-            self._stop(control, "non-finite loss")
-        elif loss > self.best_loss + self.rules.spike_threshold:
-            self._stop(control, "spike")
-        elif self.evaluations_without_gain >= self.rules.patience:
+            self._stop(control, f"non-finite {self.objective.key.removeprefix('eval_')}")
+        elif loss > anchor + self.objective.worst_rise:
+            self._stop(control, self.objective.reason)
+        elif self.evaluations_without_gain >= self.patience:
             self._stop(control, "patience")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = {f"/{key}": value for key, value in kwargs["logs"].items() if isinstance(value, float)}
         # With fp16 an infinite gradient is routine: the step is skipped and the loss scale halved.
-        endings = ("/loss",) if args.fp16 else ("/loss", "/grad_norm")
-        watched = [value for key, value in kwargs["logs"].items() if f"/{key}".endswith(endings)]
-        if not all(math.isfinite(value) for value in watched if isinstance(value, float)):
+        endings = ("/loss", "/reward") if args.fp16 else ("/loss", "/reward", "/grad_norm")
+        if any(key.endswith(endings) and not math.isfinite(value) for key, value in logs.items()):
             self._stop(control, "non-finite loss")
+        loss = next((value for key, value in logs.items() if key.endswith("/loss")), None)
+        if self.loss_spike is None or loss is None:
+            return
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        if loss > self.first_loss + self.loss_spike:
+            self._stop(control, "spike")
+
+    def report(self, problem: str) -> None:
+        """Have the round end after this step, because of a `problem` that perhaps only this rank has seen."""
+        self._report = problem
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.loss_spike is not None:  # in RL rounds, where alone reports come
+            problem = next((report for report in gather_objects(self._report) if report), None)
+            if problem:
+                self._stop(control, problem)
+
+    def close(self) -> None:
+        """What is evaluated from here on judges the round, and changes nothing about how it went."""
+        self.closed = True
 
     def ended(self, state: TrainerState) -> bool:
         """Whether the round has trained all it will."""
         return state.global_step >= state.max_steps or self.stop_reason != "finished"
 
     def _stop(self, control: TrainerControl, reason: str) -> None:
-        LOG.warning("This round ends early (%s); the best validation loss so far was %.4f", reason, self.best_loss)
-        self.stop_reason = reason
+        if self.stop_reason == "finished" and not self.closed:
+            best = self.objective.sign * self.best_loss
+            LOG.warning("This round ends early (%s); the best %s so far was %.4f", reason, self.objective.key, best)
+            self.stop_reason = reason
         control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -78,14 +140,15 @@ class Guard(TrainerCallback):
         if not args.should_save or self.ended(state):
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        # TRL's copy of the fresh stack for DPO; beside it the Trainer would not load the stack itself.
-        shutil.rmtree(folder / "ref", ignore_errors=True)
         for saved in folder.glob("global_step*"):
             (folder / "latest").write_text(saved.name)  # DeepSpeed writes it on the first node alone
         if self.best is not None:
             save_file(self.best, folder / WEIGHTS_FILE)
         own = {
             "fingerprint": self.fingerprint,
+            "start": self.start,
+            "start_metrics": self.start_metrics,
+            "first_loss": self.first_loss,
             "best_loss": self.best_loss,
             "evaluations_without_gain": self.evaluations_without_gain,
             "evaluated_step": self.evaluated_step,
@@ -106,7 +169,7 @@ class Guard(TrainerCallback):
 
     @torch.no_grad()
     def restore_best(self) -> None:
-        """Give the stack its best weights back; without any evaluation the last ones stay."""
+        """Give the stack its best weights back."""
         if self.best is None:
             return
         for name, parameter in self._parameters():
@@ -123,6 +186,16 @@ class Guard(TrainerCallback):
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.tuner.named_parameters() if f".{self.adapter}." in name]
+
+
+def evaluation_figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """What an evaluation says about the model, without the `eval_` before it and without how long it took."""
+    timing = ("runtime", "per_second", "steps", "mem", "time", "num_tokens")
+    return {
+        key.removeprefix("eval_"): float(value)
+        for key, value in metrics.items()
+        if key.startswith("eval_") and isinstance(value, int | float) and not any(part in key for part in timing)
+    }
 
 
 def last_complete_checkpoint(folder: Path, fingerprint: str) -> Path | None:

@@ -9,6 +9,7 @@ from axolotl.integrations.config import merge_input_args
 
 from axolotl_brainstacks.args import DomainArgs, nearest
 from axolotl_brainstacks.curriculum.checks import check_refused
+from axolotl_brainstacks.curriculum.rl_checks import check_rl, rl_title
 
 EVALUATION = ("eval_steps", "evals_per_epoch", "eval_strategy")
 SAVING = ("save_steps", "saves_per_epoch", "save_strategy")
@@ -39,22 +40,28 @@ _LOAD_TIME_PREFIXES = (
 
 def check_overlay(domain: DomainArgs) -> None:
     """Raises ValueError for a key that Axolotl does not know (it would ignore it), or that cannot differ by domain."""
-    check_refused(domain.overlay, f" of domain `{domain.name}`")
-    if domain.overlay.get("rl") not in (None, "dpo"):
+    if domain.overlay.get("rl"):
         raise ValueError(
-            f"`rl` of domain `{domain.name}` is {domain.overlay['rl']!r}; of preference losses only `dpo` has a known value "
-            "before training, by which a round can be judged"
+            f"`rl` of domain `{domain.name}` is {domain.overlay['rl']!r}, but `rl` belongs into `rl_rounds:` of the domain that "
+            f"it refines: write `rl_rounds: [{{rl: {domain.overlay['rl']}, datasets: [...]}}]` in the entry of `{domain.name}`, "
+            "and give the entry itself supervised `datasets:` (the chosen answers of preference pairs serve)"
         )
+    _check_keys(domain.overlay, f"domain `{domain.name}`")
+    for number, entry in enumerate(domain.rl_rounds):
+        where = rl_title(domain.name, number)
+        _check_keys(entry.overlay, where)
+        check_rl(entry.overlay, where)
+
+
+def _check_keys(overlay: dict[str, Any], where: str) -> None:
+    check_refused(overlay, f" of {where}")
     known = merge_input_args()[1].model_fields
-    for key in domain.overlay:
+    for key in overlay:
         if key not in known:
-            raise ValueError(
-                f"brainstacks.domains: `{key}` of domain `{domain.name}` is not an Axolotl key{nearest(key, known)}"
-            )
+            raise ValueError(f"brainstacks.domains: `{key}` of {where} is not an Axolotl key{nearest(key, known)}")
         if key in _LOAD_TIME or key.startswith(_LOAD_TIME_PREFIXES):
             raise ValueError(
-                f"brainstacks.domains: `{key}` of domain `{domain.name}` has to be the same for all domains; "
-                "move it to the top level"
+                f"brainstacks.domains: `{key}` of {where} has to be the same for all domains; move it to the top level"
             )
 
 
@@ -69,3 +76,16 @@ def overlaid(raw: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     if merged.get("val_set_size") is None and not merged.get("test_datasets"):
         merged["val_set_size"] = 0.05
     return merged
+
+
+def overlaid_rl(domain: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """A domain's complete config under the keys of one of its `rl_rounds:`.
+
+    Of the domain's data nothing stays: its rows have another form. RL trainers pack no rows, and need all columns.
+    """
+    defaults: dict[str, Any] = {"remove_unused_columns": False}
+    if overlay["rl"] == "simpo":
+        defaults["simpo_gamma"] = 0.5  # TRL's default, for which Axolotl puts None
+    overlay = defaults | overlay
+    own = {key: value for key, value in domain.items() if key not in ("test_datasets", "val_set_size")}
+    return overlaid(own, overlay | {"sample_packing": False, "eval_sample_packing": False})

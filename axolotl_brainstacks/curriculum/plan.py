@@ -18,7 +18,8 @@ from axolotl.utils.logging import get_logger
 from axolotl_brainstacks.adapter.model import PROJECTIONS
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.checks import check_refused, check_values
-from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid
+from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid, overlaid_rl
+from axolotl_brainstacks.curriculum.rl_checks import rl_title
 from axolotl_brainstacks.distributed import check_same, on_each_node, on_main, shared_by_all
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.manifest import MANIFEST
@@ -27,7 +28,7 @@ from axolotl_brainstacks.storage import record_of
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
 
-    from axolotl_brainstacks.curriculum.stages import DomainStage
+    from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 
 LOG = get_logger(__name__)
 
@@ -67,7 +68,7 @@ class Plan:
         check_refused(cfg)
         if cfg.get("rl"):
             raise ValueError(
-                "`rl` cannot be used at the top level: put `rl:` into the entry of the domain it is for, under "
+                "`rl` cannot be used at the top level: put it into `rl_rounds:` of the domain that it refines, under "
                 "`brainstacks.domains`"
             )
         if not cfg.get("brainstacks"):
@@ -76,7 +77,11 @@ class Plan:
         _fill_defaults(cfg)
         for domain in block.curriculum:
             check_overlay(domain)
-            check_values(overlaid(_plain(cfg), domain.overlay), domain.name, domain.overlay)
+            own = overlaid(_plain(cfg), domain.overlay)
+            check_values(own, f"domain `{domain.name}`", domain.overlay)
+            for number, entry in enumerate(domain.rl_rounds):
+                title = rl_title(domain.name, number)
+                check_values(overlaid_rl(own, entry.overlay), title, entry.overlay)
             if not domain.overlay.get("datasets") and not cfg.get("datasets"):
                 where = f"domain `{domain.name}` of brainstacks.domains" if block.domains else "the top level"
                 raise ValueError(f"`datasets:` is missing in {where}; without data there is nothing to learn")
@@ -91,13 +96,11 @@ class Plan:
         return plan
 
     def _disguise(self, cfg: DictDefault) -> None:
-        """Axolotl's base config: its own adapter name, and the first supervised domain's datasets to validate with."""
+        """Axolotl's base config: its own adapter name, and the first domain's datasets to validate with."""
         cfg["adapter"] = "qlora" if cfg.get("load_in_4bit") else "lora"
         self.raw["adapter"] = cfg["adapter"]
         if self.block.domains:
-            overlays = [domain.overlay for domain in self.block.domains]
-            first = next((overlay for overlay in overlays if not overlay.get("rl")), overlays[0])
-            complete = overlaid(self.raw, {key: value for key, value in first.items() if key not in ("rl", "trl")})
+            complete = overlaid(self.raw, self.block.domains[0].overlay)
             for key in set(cfg) - set(complete):
                 del cfg[key]
             cfg.update(complete)
@@ -122,7 +125,7 @@ class Plan:
             names = ", ".join(domain.name for domain in self.block.curriculum)
             print(f"Brainstacks: nothing to do, {self.library_path} holds all domains already: {names}")
             raise SystemExit(0)
-        self.stages = load_domains(self.raw, todo, self.block)
+        self.stages = load_domains(self.raw, todo, self.block, with_rl=True)
         for stage in self.stages:
             check_same(f"The data of domain `{stage.name}`", stage.data, "give all nodes the same files")
         self.output_shared = shared_by_all(Path(self.raw["output_dir"]))
@@ -196,11 +199,10 @@ class Plan:
                 f"`axolotl brainstacks-library {self.library_path} remove DOMAIN` and train it again"
             )
 
-    def settings_of(self, domain: str) -> dict[str, Any]:
-        """The keys, by the user's names, that decide what a stage of `domain` learns."""
-        overlay = next(entry.overlay for entry in self.block.curriculum if entry.name == domain)
-        keys = {key: value for key, value in overlaid(self.raw, overlay).items() if key not in _NOT_LEARNED_FROM}
-        return keys | {"brainstacks": self.block.model_dump(include=_STACK_KEYS)}
+    def settings_of(self, stage: Stage) -> dict[str, Any]:
+        """The keys, by the user's names, that decide what a stage learns."""
+        keys = {key: value for key, value in stage.keys.items() if key not in _NOT_LEARNED_FROM}
+        return keys | {"brainstacks": stage.block.model_dump(include=_STACK_KEYS)}
 
     def training_args(self, cfg: DictDefault) -> dict[str, Any]:
         """What Axolotl's builders do not pass on to a stage's trainer by themselves."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,19 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.trainer import setup_trainer
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
+from axolotl_brainstacks.adapter.tensors import OUTPUT
 from axolotl_brainstacks.calibration import Calibration, fit_null_space, merge_columns
 from axolotl_brainstacks.curriculum.build import TRAINED
 from axolotl_brainstacks.curriculum.engine import describe, release
-from axolotl_brainstacks.curriculum.guard import Guard, last_complete_checkpoint
+from axolotl_brainstacks.curriculum.guard import Guard, Objective, evaluation_figures, last_complete_checkpoint
 from axolotl_brainstacks.curriculum.metrics import name_metrics
-from axolotl_brainstacks.curriculum.stages import DomainStage
+from axolotl_brainstacks.curriculum.rl import prepare_rl
+from axolotl_brainstacks.curriculum.rl_checks import ONLINE
+from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 from axolotl_brainstacks.distributed import on_each_node, on_main
 from axolotl_brainstacks.library import RoundRecord
 from axolotl_brainstacks.nullspace import leakage
@@ -36,10 +41,14 @@ LOG = get_logger(__name__)
 
 
 class Round(TrainerCallback):
-    """A stage (domain, round). As a callback it measures and fits once the engine stands, before the first step."""
+    """One round of a domain: trains a stack on what `stage` holds, the domain's supervised data or an RL round's.
 
-    def __init__(self, runner: CurriculumRunner, stage: DomainStage, number: int) -> None:
-        self.runner, self.stage, self.number = runner, stage, number
+    As a callback it measures and fits before the first step, once the engine stands.
+    """
+
+    def __init__(self, runner: CurriculumRunner, domain: DomainStage, stage: Stage, earlier: list[RoundRecord]) -> None:
+        self.runner, self.domain, self.stage, self.earlier = runner, domain, stage, earlier
+        self.number = len(earlier) + 1
         self.model, self.tuner = runner.model, runner.tuner
         self.loss_before = math.nan
         self.checkpoint: Path | None = None
@@ -49,26 +58,27 @@ class Round(TrainerCallback):
         self.runner.interruption.leave_if_received()
         cfg = self._config()
         with self.runner.plan.stage(cfg):
-            self.tuner.reset_stack(TRAINED, cfg.seed)
-            self.tuner.use_stacks(self.runner.context_of(self.stage.name))
+            self._prepare_stack(cfg.seed)
             set_seed(cfg.seed)
-            guard = Guard(self.tuner, TRAINED, self.runner.plan.block.boosting, self.runner.fingerprint(self.stage))
+            guard = self._guard()
             trainer = self.trainer = self._trainer(cfg, guard)
             checkpoint = self.checkpoint = last_complete_checkpoint(Path(cfg.output_dir), guard.fingerprint)
+            # The guard has to know where the round starts; a resumed one's guard remembers.
+            trainer.args.eval_on_start = checkpoint is None
             if checkpoint is not None:
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
                 guard.resume(checkpoint)
-                trainer.args.eval_on_start = False  # the guard would judge one more set of weights than undisturbed
             with full_disk_named(Path(cfg.output_dir)):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not guard.ended(trainer.state):
                 self.runner.interruption.leave_if_received()
             if guard.evaluated_step != trainer.state.global_step:
                 trainer.evaluate()
+            guard.close()
             guard.restore_best()
             record = self._judge(trainer, cfg, guard)
-            if self.runner.is_over([record]):
-                self.runner.finish_domain(self.stage)
+            if self.runner.next_stage(self.domain, [*self.earlier, record]) is None:
+                self.runner.finish_domain(self.domain)
             release(trainer)
             del self.trainer, trainer
         on_each_node(lambda: _remove(Path(cfg.output_dir)))
@@ -77,10 +87,30 @@ class Round(TrainerCallback):
     def _config(self) -> DictDefault:
         cfg = copy.deepcopy(self.stage.cfg)
         cfg.output_dir = str(self.runner.output_dir / "stages" / f"{self.stage.name}-{self.number}")
-        cfg.seed = cfg.seed + self.number - 1
+        cfg.seed = round_seed(cfg.seed, self.stage.name, self.number)
         # The Trainer removes the checkpoint before the last one while the last one is not complete yet.
         cfg.save_total_limit = max(cfg.save_total_limit, 2)
         return cfg
+
+    def _prepare_stack(self, seed: int) -> None:
+        """A fresh stack with this stage's settings, on top of those that are on while the domain trains."""
+        config = self.model.peft_config[TRAINED]
+        assert isinstance(config, BrainstacksConfig)
+        config.balance_coef = self.stage.block.balance_coef
+        # Sampled answers have to come from the very policy whose probabilities are trained.
+        config.noisy_gate = self.stage.block.noisy_gate and self.stage.rl not in ONLINE
+        self.tuner.reset_stack(TRAINED, seed)
+        self.tuner.use_stacks(self.runner.context_of(self.stage.name))
+
+    def _guard(self) -> Guard:
+        rules, rl = self.stage.block.boosting, self.stage.block.rl
+        objective = Objective(worst_rise=rules.spike_threshold)
+        if self.stage.rl in ONLINE:
+            objective = Objective("eval_reward", -1, rl.max_reward_drop, from_start=True, reason="reward collapse")
+        fingerprint = self.runner.fingerprint(self.stage)
+        return Guard(
+            self.tuner, TRAINED, rules.patience, objective, rl.loss_spike if self.stage.rl else None, fingerprint
+        )
 
     def _trainer(self, cfg: DictDefault, guard: Guard) -> Trainer:
         with _tensorboard_logs(self.runner.output_dir / "runs" / f"{self.stage.name}-{self.number}"):
@@ -94,6 +124,8 @@ class Round(TrainerCallback):
                 total_num_steps=self.stage.total_steps,
             )
         PluginManager.get_instance().post_trainer_create(cfg, trainer)
+        if self.stage.rl:
+            prepare_rl(trainer, self.stage.rl, cfg.seed, guard.report)
         trainer.callback_handler.callbacks[:0] = [self, guard, self.runner.interruption]
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
@@ -103,14 +135,13 @@ class Round(TrainerCallback):
     ) -> None:
         LOG.info("Stage %s, round %d: %s", self.stage.name, self.number, describe(self.trainer))
         self._check_batches(len(kwargs["train_dataloader"]), len(self.trainer.get_eval_dataloader()))
-        self.runner.start_domain(self.stage)
+        self.runner.start_domain(self.domain)
         self._set_null_space(args)
-        rounds = on_main(lambda: self.runner.library.manifest.domain(self.stage.name).rounds)
-        if rounds:
-            self.loss_before = rounds[-1].loss_after
+        if self.earlier:
+            self.loss_before = loss_so_far(self.earlier)
         else:
             with self.model.disable_adapter():
-                self.loss_before = self.runner.loss(self.stage.rows)
+                self.loss_before = self.runner.loss(self.domain.rows)
         LOG.info("%s, round %d starts at a validation loss of %.4f", self.stage.name, self.number, self.loss_before)
         if self.checkpoint is None:
             # The Trainer keeps the checkpoints of the highest steps, whoever wrote them.
@@ -128,7 +159,7 @@ class Round(TrainerCallback):
 
     def _set_null_space(self, args: TrainingArguments) -> None:
         """Fit the domain's share of the null space before its first round; later rounds, and resumed ones, read it."""
-        rules, library = self.runner.plan.block.null_space, getattr(self.runner, "library", None)
+        rules, library = self.stage.block.null_space, getattr(self.runner, "library", None)
         isolated = self.runner.plan.block.context == "isolated"
         others = [stack.name for stack in self.tuner.stacks if stack.domain != self.stage.name]
         earlier = [
@@ -165,42 +196,62 @@ class Round(TrainerCallback):
         self.tuner.set_null_space(TRAINED, columns)
 
     def _judge(self, trainer: Trainer, cfg: DictDefault, guard: Guard) -> RoundRecord:
-        """Freeze the stack and measure it as the library will hold it; keep it if the loss fell."""
+        """Freeze the stack and measure it as the library will hold it; keep it if it helped."""
         runner, name = self.runner, self.stage.name
         tensors = self.tuner.export_stack(TRAINED)
-        metrics = {"null_space_leakage": self._leakage(tensors), "best_eval_loss": guard.best_loss}
-        if cfg.rl:
-            # Preference losses compare with the model before this stack, so they are the trainer's to measure: ln 2 then.
-            self.loss_before, loss_after = math.log(2), trainer.evaluate()["eval_loss"]
+        record = RoundRecord(
+            round=self.number,
+            rl=self.stage.rl,
+            kept=False,
+            loss_before=self.loss_before,
+            loss_after=self.loss_before,
+            steps=trainer.state.global_step,
+            stop_reason=guard.stop_reason,
+            dropped=unusable(tensors),
+        )
+        if self.stage.rl:
+            assert guard.start is not None
+            record.objective_before = guard.objective.sign * guard.start
+        if record.dropped:
+            return self._drop(record)
+        if self.stage.rl:
+            measured = trainer.evaluate()
+            record.objective_after = measured[guard.objective.key]
+            figures = evaluation_figures(measured)
+            record.metrics = {f"{key}_before": value for key, value in guard.start_metrics.items()}
+            record.metrics |= {f"{key}_after": value for key, value in figures.items()}
+        record.metrics |= {
+            "null_space_leakage": self._leakage(tensors),
+            "best_eval_loss": guard.objective.sign * guard.best_loss,
+        }
         frozen = on_main(lambda: runner.library.manifest.next_stack_name(name))
         config = self.model.peft_config[TRAINED]
         assert isinstance(config, BrainstacksConfig)
         self.tuner.reset_stack(TRAINED, cfg.seed)
         self.tuner.attach_stack(frozen, name, config, tensors)
         self.tuner.use_stacks(runner.context_of(name))
-        if not cfg.rl:
-            with self.model.disable_adapter():
-                loss_after = runner.loss(self.stage.rows)
-        kept = loss_after < self.loss_before
-        record = RoundRecord(
-            round=self.number, kept=kept, loss_before=self.loss_before, loss_after=loss_after,
-            steps=trainer.state.global_step, stop_reason=guard.stop_reason, metrics=metrics,
-        )  # fmt: skip
-        if not kept:
-            LOG.warning(
-                "%s, round %d: loss %.4f is no better than %.4f before it; dropped",
-                name,
-                self.number,
-                loss_after,
-                self.loss_before,
-            )
+        with self.model.disable_adapter():
+            record.loss_after = runner.loss(self.domain.rows)
+        record.dropped = why_dropped(record, self.stage, guard.objective)
+        if record.dropped:
             self.tuner.detach_stack(frozen)
-            return runner.record(self.stage, record, None)
-        LOG.info("%s, round %d: validation loss %.4f -> %.4f", name, self.number, self.loss_before, loss_after)
-        runner.report_samples(self.stage, self.number)
-        record = runner.record(self.stage, record, tensors)
+            return self._drop(record)
+        record.kept = True
+        LOG.info("%s, round %d: validation loss %.4f -> %.4f", name, self.number, self.loss_before, record.loss_after)
+        if record.rl:
+            LOG.info(
+                "%s, round %d: held-out %s %.4f -> %.4f",
+                *(name, self.number, guard.objective.key.removeprefix("eval_")),
+                *(record.objective_before, record.objective_after),
+            )
+        runner.report_samples(self.domain, self.number)
+        record = runner.record(self.domain, record, tensors)
         assert record.stack == frozen
         return record
+
+    def _drop(self, record: RoundRecord) -> RoundRecord:
+        LOG.warning("%s, round %d is dropped: %s", self.stage.name, self.number, record.dropped)
+        return self.runner.record(self.domain, record, None)
 
     def _leakage(self, tensors: dict[str, Any]) -> float:
         """Largest share of any projection's B that lies in the protected directions; about 1e-7 after folding in fp32."""
@@ -210,6 +261,61 @@ class Round(TrainerCallback):
              for module, basis in columns.items() if f"base_model.model.{module}.brainstacks_B.weight" in tensors),
             default=0.0,
         )  # fmt: skip
+
+
+def round_seed(seed: int, domain: str, number: int) -> int:
+    """The seed of a round's fresh stack, noise and order of rows.
+
+    No two rounds share it, or their stacks would start as the same one and stay close; and it does not depend on what else
+    is in the library, so that isolated domains come out the same wherever they are trained.
+    """
+    digest = hashlib.sha256(f"{seed}.{domain}.{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def loss_so_far(rounds: Sequence[RoundRecord]) -> float:
+    """A domain's validation loss after these rounds: with the stacks that were kept."""
+    return next((record.loss_after for record in reversed(rounds) if record.kept), rounds[0].loss_before)
+
+
+def unusable(tensors: Mapping[str, Tensor]) -> str | None:
+    """Why a stack must not enter the library, whatever it measures; None for one that may."""
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            return f"{key} has NaN or infinite values; lower learning_rate"
+    dead = [key for key, tensor in tensors.items() if key.endswith(OUTPUT) and not tensor.any()]
+    if len(dead) == sum(key.endswith(OUTPUT) for key in tensors):
+        return "no step made it better than its start"
+    if dead:
+        return f"{dead[0]} is all zero, so the projection has learned nothing; raise learning_rate or max_steps"
+    return None
+
+
+def why_dropped(record: RoundRecord, stage: Stage, objective: Objective) -> str | None:
+    """Why a measured round is not kept; None for one that helped.
+
+    A supervised round has to gain `boosting.min_loss_delta` of validation loss: its stack costs memory and time for ever.
+    An RL round has to improve its own objective, and may worsen the validation loss by `rl.max_loss_increase`.
+    """
+    gain = record.loss_before - record.loss_after
+    if not record.rl:
+        least = stage.block.boosting.min_loss_delta
+        if gain > 0 and gain >= least:
+            return None
+        return (
+            f"the validation loss went from {record.loss_before:.4f} to {record.loss_after:.4f}, a gain below {least}"
+        )
+    before, after = record.objective_before, record.objective_after
+    assert before is not None and after is not None
+    name, most = objective.key.removeprefix("eval_"), stage.block.rl.max_loss_increase
+    if not objective.sign * (before - after) > 0:
+        return f"the held-out {name} went from {before:.4f} to {after:.4f}"
+    if not -gain <= most:
+        return (
+            f"the domain's validation loss rose from {record.loss_before:.4f} to {record.loss_after:.4f}, more than "
+            f"brainstacks.rl.max_loss_increase ({most})"
+        )
+    return None
 
 
 @contextmanager

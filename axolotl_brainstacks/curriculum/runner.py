@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from axolotl_brainstacks.curriculum.forgetting import Measured, forgetting_row
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.round import Round
 from axolotl_brainstacks.curriculum.signals import Interruption
-from axolotl_brainstacks.curriculum.stages import DomainStage
+from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 from axolotl_brainstacks.distributed import on_each_node, on_main, world
 from axolotl_brainstacks.evaluation import Row, answer, mean_loss, pack_rows, unpack_rows
 from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
@@ -66,24 +67,27 @@ class CurriculumRunner:
 
     # One domain
 
-    def _train_domain(self, stage: DomainStage) -> None:
-        entry = on_main(lambda: self._entry(stage.name))
+    def _train_domain(self, domain: DomainStage) -> None:
+        entry = on_main(lambda: self._entry(domain.name))
         rounds = list(entry.rounds) if entry else []
-        if self.is_over(rounds):
-            # Its last run ended between the last round's record and what closes the domain.
-            with forwards(self.model, stage.cfg.deepspeed):
-                self.finish_domain(stage)
-        while not self.is_over(rounds):
-            rounds.append(Round(self, stage, len(rounds) + 1).train())
+        if self.next_stage(domain, rounds) is None:
+            # A killed run ended between the last round's record and what closes the domain.
+            with forwards(self.model, domain.cfg.deepspeed):
+                self.finish_domain(domain)
+        while (stage := self.next_stage(domain, rounds)) is not None:
+            rounds.append(Round(self, domain, stage, rounds).train())
 
-    def is_over(self, rounds: list[RoundRecord]) -> bool:
-        """Whether a domain's inner loop has ended: all rounds used, or the last one gained too little."""
-        rules = self.plan.block.boosting
-        if not rounds:
-            return False
-        last = rounds[-1]
-        gained_enough = last.kept and last.loss_before - last.loss_after >= rules.min_loss_delta
-        return last.round >= rules.max_rounds or not gained_enough
+    def next_stage(self, domain: DomainStage, rounds: Sequence[RoundRecord]) -> Stage | None:
+        """What the domain's next round trains on; None when its inner loop is over.
+
+        Supervised rounds end when all are used or the last one was dropped. Then each RL round has its turn, whether or
+        not the one before it was kept.
+        """
+        supervised = [record for record in rounds if record.rl is None]
+        if not supervised or (supervised[-1].kept and len(supervised) < domain.block.boosting.max_rounds):
+            return domain
+        done = len(rounds) - len(supervised)
+        return domain.rl_rounds[done] if done < len(domain.rl_rounds) else None
 
     def finish_domain(self, stage: DomainStage) -> None:
         """Measure what the domain did to the others and close it; the last round's engine still stands."""
@@ -131,7 +135,7 @@ class CurriculumRunner:
 
         return on_main(read)
 
-    def fingerprint(self, stage: DomainStage) -> str:
+    def fingerprint(self, stage: Stage) -> str:
         """What a checkpoint has to have in common with this run to be resumed from: SHA-256 of the library below the
         stage, its config and its data."""
 
@@ -141,7 +145,7 @@ class CurriculumRunner:
                 "library": relative_library(self.plan, self.output_dir),
                 "base": manifest.base.model_dump(include={"config_hash", "fingerprint"}),
                 "stacks": [entry.model_dump() for entry in manifest.stacks],
-                "settings": self.plan.settings_of(stage.name),
+                "settings": self.plan.settings_of(stage),
                 "data": stage.data,
                 "processes": world()[1],
             }
@@ -195,7 +199,7 @@ class CurriculumRunner:
 
     def report_samples(self, stage: DomainStage, round_number: int) -> None:
         """Append answers to the domain's first validation prompts."""
-        rules = self.plan.block.samples
+        rules = stage.block.samples
         rows = [row for row in stage.rows if row.prompt_ids][: rules.prompts]
         if not rows:
             return
@@ -256,5 +260,5 @@ class CurriculumRunner:
 
 def summary(entry: DomainEntry) -> str:
     """One line: the base's loss, then each round's."""
-    rounds = [f"round {r.round} {r.loss_after:.4f}{'' if r.kept else ' (dropped)'}" for r in entry.rounds]
+    rounds = [f"{r.rl or 'round'} {r.round} {r.loss_after:.4f}{'' if r.kept else ' (dropped)'}" for r in entry.rounds]
     return ", ".join([f"base {entry.base_loss:.4f}", *rounds])

@@ -1,10 +1,10 @@
-"""From the base config and a domain's overlay to a complete Axolotl config and its data."""
+"""From the base config and the overlays of a domain to complete Axolotl configs and their data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,6 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import gpu_capabilities
 from axolotl.common.datasets import load_datasets, load_preference_datasets
 from axolotl.integrations.config import merge_input_args
-from axolotl.loaders import load_tokenizer
 from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -20,7 +19,9 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs, explain
-from axolotl_brainstacks.curriculum.overlay import overlaid
+from axolotl_brainstacks.curriculum.overlay import overlaid, overlaid_rl
+from axolotl_brainstacks.curriculum.rl_checks import ONLINE, check_generations, check_rows, rl_title
+from axolotl_brainstacks.distributed import world
 from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
 from axolotl_brainstacks.storage import record_of
 
@@ -28,97 +29,161 @@ LOG = get_logger(__name__)
 
 
 @dataclass
-class DomainStage:
-    """One domain, ready to train: its config, datasets, and the rows its losses are measured on."""
+class Stage:
+    """What rounds train on: a domain's supervised ones, or one of its RL rounds.
+
+    keys: the raw config that `cfg` was made of. block: the `brainstacks:` settings that hold for it.
+    """
 
     name: str
+    keys: dict[str, Any]
+    block: BrainstacksBlock
     cfg: DictDefault
     train_dataset: Dataset
     eval_dataset: Dataset
     total_steps: int | None
-    rows: list[Row]
+
+    @property
+    def rl(self) -> str | None:
+        """The kind of preference or reinforcement learning; None for supervised rounds."""
+        return None if self.cfg.rl is None else str(getattr(self.cfg.rl, "value", self.cfg.rl))
 
     @cached_property
     def data(self) -> str:
         """The data in one line, the same for the same data."""
-        training = f"{len(self.train_dataset)} rows {rows_hash(self.train_dataset)[:12]}"
-        return f"{training}, validation {record_of(pack_rows(self.rows)).sha256[:12]}"
+        return f"{_described(self.train_dataset)}, validation {_described(self.eval_dataset)}"
 
 
-def stage_config(raw: dict[str, Any], domain: DomainArgs) -> DictDefault:
-    """The complete, validated config of one domain.
+@dataclass
+class DomainStage(Stage):
+    """One domain, ready to train: its supervised rounds, then its RL rounds.
+
+    rows: validation rows that all losses of the domain are measured on.
+    """
+
+    rows: list[Row]
+    rl_rounds: list[Stage] = field(default_factory=list)
+
+    @cached_property
+    def data(self) -> str:
+        validation = record_of(pack_rows(self.rows)).sha256[:12]
+        return ", ".join(
+            [f"{_described(self.train_dataset)}, validation {validation}", *(s.data for s in self.rl_rounds)]
+        )
+
+
+def _described(dataset: Dataset) -> str:
+    return f"{len(dataset)} rows {rows_hash(dataset)[:12]}"
+
+
+def stage_config(keys: dict[str, Any], where: str) -> DictDefault:
+    """The complete, validated config of one stage.
+
+    Args:
+        keys: the raw config, without the `brainstacks:` block.
+        where: the stage in words, for errors.
 
     Raises:
         ValueError: naming the keys whose values Axolotl refuses.
     """
-    merged = overlaid({key: value for key, value in raw.items() if key != "brainstacks"}, domain.overlay)
     capabilities, env_capabilities = gpu_capabilities()
     try:
-        cfg = validate_config(DictDefault(merged), capabilities=capabilities, env_capabilities=env_capabilities)
+        cfg = validate_config(DictDefault(keys), capabilities=capabilities, env_capabilities=env_capabilities)
     except ValidationError as error:
         mistakes = explain(error, "", merge_input_args()[1])
-        raise ValueError(f"The config of domain `{domain.name}` is not valid: {mistakes}") from None
+        raise ValueError(f"The config of {where} is not valid: {mistakes}") from None
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)
     return cfg
 
 
-def load_domains(raw: dict[str, Any], domains: list[DomainArgs], block: BrainstacksBlock) -> list[DomainStage]:
-    """Configs first, then data, of all domains: the last one's mistakes show before the first one trains."""
-    configs = [stage_config(raw, domain) for domain in domains]
-    return [_load(domain.name, cfg, block) for domain, cfg in zip(domains, configs, strict=True)]
+@dataclass(frozen=True)
+class _Configured:
+    """A stage before its data is loaded."""
+
+    where: str
+    keys: dict[str, Any]
+    block: BrainstacksBlock
+    cfg: DictDefault
 
 
-def _load(name: str, cfg: DictDefault, block: BrainstacksBlock) -> DomainStage:
-    LOG.info("Loading the data of domain %s", name)
+def load_domains(
+    raw: dict[str, Any], domains: list[DomainArgs], block: BrainstacksBlock, with_rl: bool = False
+) -> list[DomainStage]:
+    """Configs first, then data, of all domains, and `with_rl` of their RL rounds: the last one's mistakes show before the
+    first one trains."""
+    configured = [(domain, _configured(raw, domain, block, with_rl)) for domain in domains]
+    return [_load(domain.name, *parts) for domain, parts in configured]
+
+
+def _configured(
+    raw: dict[str, Any], domain: DomainArgs, block: BrainstacksBlock, with_rl: bool
+) -> tuple[_Configured, list[_Configured]]:
+    own = overlaid({key: value for key, value in raw.items() if key != "brainstacks"}, domain.overlay)
+    where, settings = f"domain `{domain.name}`", domain.brainstacks.over(block)
+    rl_rounds = []
+    for number, entry in enumerate(domain.rl_rounds if with_rl else ()):
+        keys, title = overlaid_rl(own, entry.overlay), rl_title(domain.name, number)
+        cfg = stage_config(keys, title)
+        if entry.rl in ONLINE:
+            check_generations(cfg, world()[1], title)
+        rl_rounds.append(_Configured(title, keys, entry.brainstacks.over(settings), cfg))
+    return _Configured(where, own, settings, stage_config(own, where)), rl_rounds
+
+
+def _load(name: str, supervised: _Configured, rl_rounds: list[_Configured]) -> DomainStage:
+    stage = _loaded(name, supervised)
+    rows = answer_rows(stage.eval_dataset, stage.block.eval_rows)
+    if not any(label != IGNORED for row in rows for label in row.labels[1:]):
+        raise ValueError(f"No validation row of domain `{name}` has an answer token to predict; check its `type:`")
+    parts = {entry.name: getattr(stage, entry.name) for entry in fields(Stage)}
+    return DomainStage(**parts, rows=rows, rl_rounds=[_loaded(name, part) for part in rl_rounds])
+
+
+def _loaded(name: str, configured: _Configured) -> Stage:
+    where, cfg = configured.where, configured.cfg
+    LOG.info("Loading the data of %s", where)
     load = load_preference_datasets if cfg.rl else load_datasets
     try:
         meta = load(cfg=cfg, cli_args=TrainerCliArgs())
     except Exception as error:
         paths = ", ".join(str(dataset.path) for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])])
         raise ValueError(
-            f"The datasets of domain `{name}` ({paths}) cannot be loaded: {error!r}; check that each is there and has rows "
+            f"The datasets of {where} ({paths}) cannot be loaded: {error!r}; check that each is there and has rows "
             "of its `type:`"
         ) from error
     if not meta.train_dataset or not len(meta.train_dataset):
-        raise ValueError(f"The datasets of domain `{name}` have no usable row; check `datasets:` and `sequence_len`")
+        raise ValueError(f"The datasets of {where} have no usable row; check `datasets:` and `sequence_len`")
     if not meta.eval_dataset or not len(meta.eval_dataset):
         raise ValueError(
-            f"Domain `{name}` has no validation row, and without a validation loss no round can be judged; raise "
+            f"No validation row is left in {where}, and without validation no round can be judged; raise "
             f"`val_set_size` (now {cfg.val_set_size}) or name `test_datasets:`"
         )
-    rows = answer_rows(meta.eval_dataset, cfg, block.eval_rows)
-    if not any(label != IGNORED for row in rows for label in row.labels[1:]):
-        raise ValueError(f"No validation row of domain `{name}` has an answer token to predict; check its `type:`")
-    return DomainStage(name, cfg, meta.train_dataset, meta.eval_dataset, meta.total_num_steps, rows)
+    stage = Stage(
+        name, configured.keys, configured.block, cfg, meta.train_dataset, meta.eval_dataset, meta.total_num_steps
+    )
+    if stage.rl:
+        for dataset in (stage.train_dataset, stage.eval_dataset):
+            check_rows(dataset, stage.rl, where)
+    return stage
 
 
 def rows_hash(dataset: Dataset) -> str:
-    """SHA-256 over what a trainer learns from: tokens and labels, or the texts of preference pairs."""
-    learned = [name for name in ("input_ids", "labels", "prompt", "chosen", "rejected") if name in dataset.column_names]
+    """SHA-256 over what a trainer learns from: tokens and labels, or all columns of rows that are still text."""
+    tokens = [name for name in ("input_ids", "labels") if name in dataset.column_names]
     digest = hashlib.sha256()
-    for rows in dataset.select_columns(learned).iter(batch_size=1000):
-        digest.update(json.dumps(rows, sort_keys=True).encode())
+    for rows in dataset.select_columns(tokens or sorted(dataset.column_names)).iter(batch_size=1000):
+        digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
-def answer_rows(dataset: Dataset, cfg: DictDefault, limit: int) -> list[Row]:
-    """The first rows with an answer. Of preference pairs, the chosen answer counts."""
-    if "input_ids" in dataset.column_names:
-        candidates = (Row(list(row["input_ids"]), list(row["labels"])) for row in dataset)
-    else:
-        tokenizer = load_tokenizer(cfg)
-        candidates = (_chosen(row, tokenizer, cfg.sequence_len) for row in dataset)
+def answer_rows(dataset: Dataset, limit: int) -> list[Row]:
+    """The first rows with an answer."""
     rows = []
-    for row in candidates:
+    for example in dataset:
+        row = Row(list(example["input_ids"]), list(example["labels"]))
         if any(label != IGNORED for label in row.labels[1:]):
             rows.append(row)
         if len(rows) == limit:
             break
     return rows
-
-
-def _chosen(row: dict[str, Any], tokenizer: Any, limit: int) -> Row:
-    prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-    chosen = tokenizer(row["chosen"], add_special_tokens=False)["input_ids"]
-    return Row((prompt + chosen)[:limit], ([IGNORED] * len(prompt) + chosen)[:limit])

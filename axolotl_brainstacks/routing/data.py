@@ -70,7 +70,7 @@ def _drawn(stage: DomainStage, args: RouterArgs) -> list[Row]:
     from axolotl_brainstacks.curriculum.stages import answer_rows
 
     # Shuffled once over the whole: with more `samples` the first ones stay the same, and what was measured is kept.
-    rows = answer_rows(stage.train_dataset.shuffle(seed=args.seed), stage.cfg, args.samples)
+    rows = answer_rows(stage.train_dataset.shuffle(seed=args.seed), args.samples)
     return _with_prompts(rows, f"The datasets of `{stage.name}`")
 
 
