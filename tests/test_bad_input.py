@@ -194,9 +194,17 @@ def without_data(config: dict[str, Any]) -> None:
                 ("save_only_model", True),
             )
         ),
-        (last_domain(rl="orpo"), r"`rl` of domain `math` is 'orpo'; of preference losses only `dpo` has a known value"),
-        (last_domain(rl="dpo", rpo_alpha=1.0), r"`rpo_alpha` of domain `math` cannot be used"),
-        (top(rl="dpo"), r"`rl` cannot be used .* put `rl:` into the entry of the domain"),
+        (last_domain(rl="dpo"), r"`rl` of domain `math` is 'dpo', but `rl` belongs into `rl_rounds:` .* supervised `datasets:`"),
+        (top(rl="dpo"), r"`rl` cannot be used .* put it into `rl_rounds:` of the domain"),
+        (
+            last_domain(brainstacks={"boosting": {"max_round": 3}}),
+            r"^`brainstacks\.domains\.math\.brainstacks\.boosting\.max_round` is not a key; did you mean `max_rounds`",
+        ),
+        (last_domain(brainstacks={"num_experts": 2}), r"^`brainstacks\.domains\.math\.brainstacks\.num_experts` is not a key"),
+        (
+            last_domain(brainstacks={"null_space": {"samples": 0}}),
+            r"^`brainstacks\.domains\.math\.brainstacks\.null_space\.samples` is 0",
+        ),
         (top(adapter="lora"), r"`brainstacks:` is set but `adapter:` is lora; write `adapter: brainstacks`"),
         (top(brainstacks=None), r"`adapter: brainstacks` needs a `brainstacks:` block"),
         (second_domain(learing_rate=0.1), r"`learing_rate` of domain `code` is not an Axolotl key; did you mean `learni"),
