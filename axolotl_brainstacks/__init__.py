@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["BrainstacksPlugin"]
+__all__ = ["BrainstacksPlugin", "question_answer"]
 
 
 class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
@@ -58,4 +58,8 @@ def __getattr__(name: str) -> Any:
         from axolotl_brainstacks.plugin import BrainstacksPlugin
 
         return BrainstacksPlugin
+    if name == "question_answer":  # Axolotl finds a transform in a top-level module only: `type: module.function`
+        from axolotl_brainstacks.rewards.data import question_answer
+
+        return question_answer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,100 @@
+"""Runs a program that a model wrote in a confined process of its own, and learns whether it passes its tests."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import marshal
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import CodeType
+
+UNISOLATED = "BRAINSTACKS_ALLOW_UNISOLATED_CODE"
+_CHILD = Path(__file__).with_name("sandboxed.py")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use; seconds and bytes. `disk_bytes` is for all of its files together."""
+
+    wall_seconds: float = 10.0
+    cpu_seconds: int = 5
+    memory_bytes: int = 1 << 30
+    disk_bytes: int = 16 << 20
+
+
+@dataclass(frozen=True)
+class Tests:
+    """Compiled tests. `keep` is a name that they take from the program even where Python has a built-in of that name."""
+
+    code: CodeType
+    keep: str | None = None
+
+
+def passes(program: str, tests: Tests, limits: Limits = Limits()) -> bool:
+    """Whether `program` runs, and then `tests` in its namespace, with no exception, one assert at least, and in time."""
+    nonce = secrets.token_bytes(16)
+    return _verdict(program, tests, nonce, limits) == nonce
+
+
+def require_isolation() -> None:
+    """Raises RuntimeError when programs cannot be cut off from network and files here, and the user does not accept that."""
+    if not _unisolated_allowed() and (reason := _isolation_failure()):
+        raise RuntimeError(
+            f"`python_tests` runs code that the model wrote, and this machine does not permit to keep it from the network and "
+            f"from files ({reason}): allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 and "
+            f"kernel.apparmor_restrict_unprivileged_userns=0; for Docker --security-opt seccomp=unconfined --security-opt "
+            f"apparmor=unconfined), or, where the whole machine is a sandbox already, set {UNISOLATED}=1"
+        )
+
+
+@functools.cache
+def _isolation_failure() -> str:
+    """Why a program cannot be isolated on this machine; "" when it can."""
+    nonce = secrets.token_bytes(16)
+    tests = Tests(compile("__counted__(True)", "<tests>", "exec"))
+    verdict = _verdict("", tests, nonce, Limits(wall_seconds=60))
+    return "" if verdict == nonce else verdict.decode(errors="replace") or "its process ended before it said anything"
+
+
+def _unisolated_allowed() -> bool:
+    return os.environ.get(UNISOLATED) == "1"
+
+
+def _verdict(program: str, tests: Tests, nonce: bytes, limits: Limits) -> bytes:
+    """What the child says of the program: `nonce`, a reason why it could not be isolated, or nothing of use.
+
+    The nonce comes last on the child's input, and it only reads so far when all tests have passed: a program that ends
+    the process cannot have said it.
+    """
+    job = asdict(limits) | {"unisolated": _unisolated_allowed(), "program": program.encode("utf-8", "replace").decode()}
+    messages = [marshal.dumps(job), marshal.dumps((tests.code, tests.keep)), nonce]
+    answer, given = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="brainstacks-") as folder, os.fdopen(answer, "rb", buffering=0) as answers:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_CHILD), str(given)],
+            cwd=folder,
+            env={},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[given],
+            start_new_session=True,
+        )
+        os.close(given)
+        try:
+            process.communicate(b"".join(len(m).to_bytes(4) + m for m in messages), timeout=limits.wall_seconds)
+        except subprocess.TimeoutExpired:
+            return b""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        os.set_blocking(answers.fileno(), False)
+        return answers.read(1000) or b""
