@@ -17,7 +17,7 @@ def questions(folder: Path, **columns: Any) -> dict[str, Any]:
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps({"question": f"{i} + 1?", **columns}) + "\n" for i in range(12)))
     entry = {"path": str(path), "ds_type": "json", "split": "train", "type": "axolotl_brainstacks.question_answer"}
-    return {"datasets": [entry], "val_set_size": 4}
+    return {"datasets": [entry], "val_set_size": 0.34}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_keys(config: dict[str, Any], entry: dict[str, Any], message: str) -> No
         ({}, rf"`trl\.reward_funcs` is missing in {ENTRY}; .*axolotl_brainstacks\.rewards\.numeric_answer"),
         (REWARDS | {"use_vllm": True}, rf"`trl\.use_vllm` of {ENTRY} cannot be used"),
         (REWARDS | {"sync_ref_model": True}, rf"`trl\.sync_ref_model` of {ENTRY} cannot be used"),
-        (REWARDS | {"num_generations": 3}, rf"of {ENTRY} is 2, .*`trl\.num_generations` \(3\)"),
+        (REWARDS | {"num_generations": 3}, rf"{ENTRY} is not valid: .*num_generations=3"),
         ({**REWARDS, "reward_funcs": ["nowhere.reward"]}, rf"{ENTRY}.*`nowhere\.reward`.*cannot be imported"),
         ({**REWARDS, "reward_funcs": ["math.no_such"]}, rf"{ENTRY}.*`math\.no_such`.*no function"),
         (
@@ -79,6 +79,12 @@ def test_rewards(
     monkeypatch.syspath_prepend(tmp_path)
     last_domain(rl_rounds=[{"rl": "grpo", "trl": trl, **questions(tmp_path, answer="1")}])(config)
     assert_refused(config, message)
+
+
+def test_answers_that_do_not_fill_an_evaluation_batch(config: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    entry = {"rl": "grpo", "trl": REWARDS | {"num_generations": 4}, "gradient_accumulation_steps": 2}
+    last_domain(rl_rounds=[entry | {"eval_batch_size": 6} | questions(tmp_path, answer="1")])(config)
+    assert_refused(config, rf"`eval_batch_size` of {ENTRY} is 6, .*`trl\.num_generations` \(4\)")
 
 
 def test_a_column_that_a_reward_function_misses(config: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811

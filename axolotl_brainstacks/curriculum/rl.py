@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import Trainer
 
+from axolotl_brainstacks.curriculum.reward_check import checked
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE
 from axolotl_brainstacks.distributed import sharded
 
@@ -31,8 +32,6 @@ def prepare_rl(trainer: Trainer, rl: str, seed: int, report: Callable[[str], Non
                 # TRL makes them bf16 on a quantised base; a supervised round trains them in fp32.
                 parameter.data = parameter.data.float()
     if rl in ONLINE:
-        from axolotl_brainstacks.curriculum.reward_check import checked
-
         trainer.reward_funcs = [checked(function, report) for function in trainer.reward_funcs]  # type: ignore[attr-defined]
         _evaluate_alike(trainer, seed)
 

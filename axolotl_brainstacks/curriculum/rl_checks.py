@@ -60,18 +60,12 @@ def check_rows(dataset: Dataset, rl: str, where: str) -> None:
 
 
 def check_generations(cfg: DictDefault, processes: int, where: str) -> None:
-    """Raises ValueError when the answers to one prompt do not fit whole into a batch of an online round."""
-    trl, generations = cfg.trl or {}, int((cfg.trl or {}).get("num_generations") or 8)
-    steps = int(cfg.gradient_accumulation_steps or 1)
-    sizes = {
-        "micro_batch_size` times `gradient_accumulation_steps": cfg.micro_batch_size * steps,
-        "eval_batch_size": cfg.eval_batch_size or cfg.micro_batch_size,
-    }
-    if trl.get("generation_batch_size"):
-        del sizes["micro_batch_size` times `gradient_accumulation_steps"]
-    for key, size in sizes.items():
-        if (size * processes) % generations:
-            raise ValueError(
-                f"`{key}` of {where} is {size}, times {processes} processes, which `trl.num_generations` ({generations}) does "
-                "not divide; each prompt is answered so often in one batch: change one of them"
-            )
+    """Raises ValueError when the answers to one held-out prompt do not fit whole into a batch; Axolotl itself looks at
+    training alone."""
+    generations = int((cfg.trl or {}).get("num_generations") or 8)
+    size = cfg.eval_batch_size or cfg.micro_batch_size
+    if (size * processes) % generations:
+        raise ValueError(
+            f"`eval_batch_size` of {where} is {size}, times {processes} processes, which is no multiple of "
+            f"`trl.num_generations` ({generations}), and each prompt is answered so often in one batch: change one of them"
+        )

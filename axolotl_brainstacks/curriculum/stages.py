@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs, explain
 from axolotl_brainstacks.curriculum.overlay import overlaid, overlaid_rl
+from axolotl_brainstacks.curriculum.reward_check import check_rewards, load_reward_funcs
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE, check_generations, check_rows, rl_title
 from axolotl_brainstacks.distributed import world
 from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
@@ -165,6 +166,8 @@ def _loaded(name: str, configured: _Configured) -> Stage:
     if stage.rl:
         for dataset in (stage.train_dataset, stage.eval_dataset):
             check_rows(dataset, stage.rl, where)
+    if stage.rl in ONLINE:
+        check_rewards(load_reward_funcs(cfg.trl.reward_funcs, where), stage.train_dataset, where)
     return stage
 
 
