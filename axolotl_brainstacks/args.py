@@ -43,12 +43,14 @@ class NullSpaceArgs(_Strict):
     )
 
 
-class GateArgs(_Strict):
-    """How weights are read off the router's probabilities; stored with a fitted router."""
+class ThresholdArgs(_Strict):
+    """From which probability on a domain is on, and what it weighs at least."""
 
-    gate_threshold: float = Field(default=0.12, ge=0, le=1, description="Domains below this probability stay off.")
-    weights: Literal["soft", "hard"] = Field(
-        default="soft", description="Whether a domain that is on weighs its probability, or 1."
+    gate_threshold: float = Field(
+        default=0.12,
+        ge=0,
+        le=1,
+        description="Domains below this probability stay off; `weights: auto` tries others too.",
     )
     floors: dict[str, float] = Field(default_factory=dict, description="Least weight of a domain.")
 
@@ -61,26 +63,48 @@ class GateArgs(_Strict):
         return floors
 
 
-class DiscoveryArgs(_Strict):
-    """What the best set of domains of a prompt is, and on which prompts it is measured (paper section 1)."""
+class GateArgs(ThresholdArgs):
+    """How weights are read off the router's probabilities; stored with a fitted router."""
 
-    search: Literal["greedy", "exhaustive"] = Field(
-        default="greedy", description="Grow the set domain by domain, or try all 2^D sets (up to 8 domains)."
+    weights: Literal["soft", "hard"] = "soft"
+
+
+class CalibrationArgs(ThresholdArgs):
+    """What the user asks of the gate. `auto` measures which one answers best (see `routing.calibrate`)."""
+
+    weights: Literal["auto", "soft", "hard"] = Field(
+        default="auto",
+        description="A domain that is on weighs its probability (`soft`) or 1 (`hard`); `auto`: this and the threshold, "
+        "as validation prompts are answered best.",
     )
-    samples: int = Field(default=200, ge=3, description="Most prompts per domain.")
+
+
+class DiscoveryArgs(_Strict):
+    """What the best set of domains of a prompt is, and on which prompts it is measured (arXiv 2604.01152, router)."""
+
+    search: Literal["auto", "greedy", "exhaustive"] = Field(
+        default="auto",
+        description="`greedy`: grow the set from the base and shrink it from all; `exhaustive`: try all 2^D (up to 8 "
+        "domains); `auto`: exhaustive up to 4 domains.",
+    )
+    samples: int = Field(default=200, ge=3, description="Most held-out prompts per domain.")
     min_gain: float = Field(
-        default=0.01, ge=0, description="A domain joins a set that lowers the loss by more than this."
+        default=0.01, ge=0, description="Each domain of the best set, the first too, has to lower the loss by more."
     )
-    soft_domains: list[str] = Field(default_factory=list, description="Domains that count half when they help at all.")
+    soft_domains: list[str] = Field(
+        default_factory=list, description="Domains that count half when adding them to the best set helps at all."
+    )
     label_blend: float = Field(default=0.2, ge=0, le=1, description="Share of a prompt's own domain in its target.")
     mixed_datasets: list[dict[str, Any]] | None = Field(
-        default=None, description="Prompts that belong to several domains, as ordinary entries of `datasets:`."
+        default=None, description="Held-out prompts of several domains each, as ordinary entries of `datasets:`."
     )
-    mixed_pairs: int = Field(default=32, ge=0, description="Joined unseen prompts to evaluate on when none are named.")
+    mixed_pairs: int = Field(
+        default=32, ge=0, description="Joined two-domain prompts, in all parts together, when none are named."
+    )
 
 
 class FitArgs(_Strict):
-    """The router's network and its training (paper section 1)."""
+    """The router's network and its training (arXiv 2604.01152, router)."""
 
     width: int = Field(default=512, ge=2, description="Width of the projected tokens.")
     max_tokens: int = Field(
@@ -98,16 +122,23 @@ class FitArgs(_Strict):
         default=(0.50, 0.35, -0.15),
         description="Weights of top-1, set match and BCE by which the best epoch is chosen.",
     )
-    validation_share: float = Field(default=0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch.")
+    validation_share: float = Field(
+        default=0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch and the gate."
+    )
     test_share: float = Field(default=0.15, gt=0, lt=0.5, description="Share of prompts never fitted on.")
     seed: int = Field(default=42, description="Of the choice of prompts, the split and the fit.")
 
 
-class RouterArgs(GateArgs, DiscoveryArgs, FitArgs):
+class RouterArgs(CalibrationArgs, DiscoveryArgs, FitArgs):
     """The `brainstacks.router:` block, flat."""
 
-    def gate(self) -> GateArgs:
-        return GateArgs.model_validate(self.model_dump(include=set(GateArgs.model_fields)))
+    def gate(self, weights: Literal["soft", "hard"] | None = None, threshold: float | None = None) -> GateArgs:
+        """The gate of these settings, or with another kind of weights or threshold. `auto` is soft until calibrated."""
+        return GateArgs(
+            gate_threshold=self.gate_threshold if threshold is None else threshold,
+            weights=weights or ("soft" if self.weights == "auto" else self.weights),
+            floors=self.floors,
+        )
 
 
 class SampleArgs(_Strict):

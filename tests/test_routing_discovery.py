@@ -32,7 +32,7 @@ def base() -> LlamaForCausalLM:
 
 def run(library: Library, meter: Meter, rows: list[Row], **settings: Any) -> list[Found]:
     with library.writing():
-        return discover(library, meter, {"chat": rows}, RouterArgs(**settings))["chat"]
+        return discover(library, meter, {"chat": rows}, RouterArgs(**{"search": "greedy"} | settings))["chat"]
 
 
 def records(library: Library) -> bytes:
@@ -40,29 +40,34 @@ def records(library: Library) -> bytes:
 
 
 @torch.no_grad()
-def published_loop(meter: Meter, row: Row, min_gain: float) -> tuple[dict[DomainSet, float], DomainSet, int]:
-    """The paper's procedure on one row, a forward per set: losses, best set, forwards."""
+def loop(meter: Meter, row: Row, min_gain: float) -> tuple[dict[DomainSet, float], DomainSet, int]:
+    """Greedy search both ways on one row, a forward per set: losses, best set, forwards."""
     losses: dict[DomainSet, float] = {}
 
     def loss_of(names: DomainSet) -> float:
-        stacks = [stack.name for stack in meter.stacks if stack.domain in names]
-        with meter.tuner.using_stacks(stacks), meter.model.disable_adapter():
-            logits = meter.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
-        losses[names] = float(F.cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=IGNORED))
+        if names not in losses:
+            stacks = [stack.name for stack in meter.stacks if stack.domain in names]
+            with meter.tuner.using_stacks(stacks), meter.model.disable_adapter():
+                logits = meter.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
+            losses[names] = float(F.cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=IGNORED))
         return losses[names]
 
-    loss, best = loss_of(()), ()
-    while len(best) < len(meter.domains):
-        grown = {tuple(d for d in meter.domains if d in (*best, new)) for new in meter.domains if new not in best}
-        trial = {names: loss_of(names) for names in grown}
-        choice = min(trial, key=lambda names: trial[names])
-        if not loss - trial[choice] > min_gain:
+    grown, everything = (), tuple(meter.domains)
+    while larger := [tuple(d for d in everything if d in (*grown, new)) for new in everything if new not in grown]:
+        choice = min(larger, key=loss_of)
+        if not loss_of(grown) - loss_of(choice) > min_gain:
             break
-        loss, best = trial[choice], choice
-    return losses, best, len(losses)
+        grown = choice
+    shrunk = everything
+    while smaller := [tuple(d for d in shrunk if d != old) for old in shrunk]:
+        choice = min(smaller, key=loss_of)
+        if loss_of(choice) - loss_of(shrunk) > min_gain:
+            break
+        shrunk = choice
+    return losses, min([grown, shrunk], key=lambda names: loss_of(names) + min_gain * len(names)), len(losses)
 
 
-def assert_as_published(meter: Meter, found: list[Found]) -> int:
+def assert_as_in_a_loop(meter: Meter, found: list[Found]) -> int:
     """The loop must measure the same sets, find the same losses and choose the same set; returns its forwards.
 
     Rounding differs between a row alone and a row in a batch. A token that stands on the edge between two experts may
@@ -70,7 +75,7 @@ def assert_as_published(meter: Meter, found: list[Found]) -> int:
     """
     forwards, moved = 0, 0
     for item in found:
-        losses, best, needed = published_loop(meter, item.row, min_gain=0.01)
+        losses, best, needed = loop(meter, item.row, min_gain=0.01)
         forwards += needed
         if any(abs(item.losses[names] - losses[names]) > 1e-4 for names in losses.keys() & item.losses.keys()):
             moved += 1
@@ -81,13 +86,13 @@ def assert_as_published(meter: Meter, found: list[Found]) -> int:
     return forwards
 
 
-def test_batched_discovery_finds_what_the_published_loop_finds(base: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_batched_discovery_finds_what_a_loop_over_rows_and_sets_finds(base: LlamaForCausalLM, tmp_path: Path) -> None:
     library = new_library(tmp_path / "library", base, FIVE, stacks=2)
     meter = meter_of(library, base, batch_size=8)
     found = run(library, meter, random_rows(24, Random()))
     counted = meter.forwards
-    needed = assert_as_published(meter, found)
-    assert counted * 5 <= needed, f"{counted} forwards, the published loop needs {needed}"
+    needed = assert_as_in_a_loop(meter, found)
+    assert counted * 5 <= needed, f"{counted} forwards, the loop needs {needed}"
     assert len({item.best for item in found}) > 3, "the rows are too much alike to prove anything"
 
 
@@ -106,7 +111,7 @@ def test_the_same_on_a_pretrained_model(smollm2_dir: Path, tmp_path: Path) -> No
     meter = meter_of(library, base)
     found = run(library, meter, rows)
     assert len({round(loss, 3) for item in found for loss in item.losses.values()}) > 6, "the stacks do nothing"
-    assert_as_published(meter, found)
+    assert_as_in_a_loop(meter, found)
 
 
 def test_exhaustive_measures_every_set(base: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -129,12 +134,14 @@ def test_records_tell_every_loss_and_a_second_run_measures_nothing(base: LlamaFo
     rows = random_rows(9, Random())
     found = run(library, meter_of(library, base), rows)
     lines = [json.loads(line) for line in records(library).splitlines()]
-    assert lines[0] == {"stacks": {name: [f"s00{i}_{name}"] for i, name in enumerate(FIVE[:3], start=1)}}
+    stacks = {name: [f"s00{i}_{name}"] for i, name in enumerate(FIVE[:3], start=1)}
+    assert lines[0] == {"stacks": stacks, "floors": {}}
     by_key = {line["row"]: line for line in lines[1:]}
     for item in found:
         line = by_key[row_key(item.row)]
         assert line["losses"] == {"+".join(names): loss for names, loss in item.losses.items()}
-        assert line["best"] == list(item.best)
+        assert (line["best"], line["found_by"]) == (list(item.best), item.found_by)
+        assert line["base"] == line["losses"][""] == item.base
     before, again = records(library), meter_of(library, base)
     assert run(library, again, rows) == found
     assert again.forwards == 0 and records(library) == before
@@ -175,6 +182,85 @@ def test_a_domain_trained_anew_is_measured_anew(base: LlamaForCausalLM, tmp_path
     for old, new in zip(first, second, strict=True):
         assert new.losses[()] == old.losses[()] and new.losses["chat",] == old.losses["chat",]
         assert new.losses["code",] != old.losses["code",] and new.losses["chat", "code"] != old.losses["chat", "code"]
+
+
+def test_floors_are_part_of_what_is_measured(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", base, FIVE[:3])
+    rows, floors = random_rows(6, Random(2)), {"chat": 0.2, "math": 0.5}
+    meter = meter_of(library, base)
+    for item in run(library, meter, rows, search="exhaustive", floors=floors):
+        assert len(item.losses) == 8
+        for names, loss in [*item.losses.items(), (None, item.base)]:
+            weights = {d: 1.0 if d in (names or ()) else floors.get(d, 0.0) for d in FIVE[:3]}
+            assert loss == pytest.approx(weighted_loss(meter, item.row, {} if names is None else weights), abs=1e-4)
+        assert item.base != item.losses[()], "no stack at all is not the same as floors alone"
+
+
+@torch.no_grad()
+def weighted_loss(meter: Meter, row: Row, weights: dict[str, float]) -> float:
+    """The loss of one row alone, with every stack of a domain at that domain's weight."""
+    stacks = [stack for stack in meter.stacks if weights.get(stack.domain)]
+    factors = torch.tensor([[weights[stack.domain] for stack in stacks]])
+    with meter.tuner.using_stacks([stack.name for stack in stacks], factors), meter.model.disable_adapter():
+        logits = meter.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1].double()
+    return float(F.cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=IGNORED))
+
+
+def test_other_floors_are_measured_anew_and_the_base_is_not(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", base, FIVE[:2])
+    rows = random_rows(8, Random(4))
+
+    def measured(**floors: float) -> tuple[int, list[Found]]:
+        meter = meter_of(library, base, batch_size=8)
+        found = run(library, meter, rows, search="exhaustive", floors=floors)
+        return meter.forwards, found
+
+    assert measured()[0] == 4
+    forwards, raised = measured(chat=0.25)
+    assert forwards == 2, "the sets without chat"
+    assert measured(chat=0.25)[0] == 0
+    forwards, higher = measured(chat=0.5)
+    assert forwards == 2
+    for one, other in zip(raised, higher, strict=True):
+        changed = {names for names in one.losses if one.losses[names] != other.losses[names]}
+        assert changed == {(), ("code",)} and one.base == other.base
+    forwards, back = measured()
+    assert forwards == 1, "code alone; the base was measured"
+    assert all(item.losses[()] == item.base for item in back)
+    measured(chat=0.25)
+    with library.writing():
+        library.remove_domain("chat")
+    add_domain(library, base, "chat")
+    library = Library.open(library.path)
+    assert measured(chat=0.25)[0] == 4, "the same floor of other stacks"
+
+
+def test_records_of_a_version_without_floors_are_read(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", base, FIVE[:2])
+    rows = random_rows(8, Random(8))
+    run(library, meter_of(library, base), rows, search="exhaustive")
+    header, *lines = map(json.loads, records(library).splitlines())
+    old = [{"stacks": header["stacks"]}, *({key: line[key] for key in ("row", "best", "losses")} for line in lines)]
+    text = "".join(json.dumps(line) + "\n" for line in old)
+    for floors, forwards in (({}, 0), ({"code": 0.5}, 2)):
+        (library.path / "router/discovery/chat.jsonl").write_text(text)
+        meter = meter_of(library, base, batch_size=8)
+        run(library, meter, rows, search="exhaustive", floors=floors)
+        assert meter.forwards == forwards
+
+
+def test_named_sets_are_measured_and_may_be_the_best(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    library = new_library(tmp_path / "library", base, FIVE, stacks=2)
+    rows, meter = random_rows(16, Random(6)), meter_of(library, base)
+    sets = [("own_label", ("code", "medical")), ("trained_with", tuple(FIVE[:3]))]
+    with library.writing():
+        found = discover(
+            library, meter, {"chat": rows}, RouterArgs(search="greedy"), {row_key(row): sets for row in rows}
+        )["chat"]
+    for item in found:
+        assert {(), tuple(FIVE), *(names for _, names in sets)} <= set(item.losses)
+        cost = {names: loss + 0.01 * len(names) for names, loss in item.losses.items()}
+        assert cost[item.best] == min(cost.values())
 
 
 def test_damaged_records_are_named(base: LlamaForCausalLM, tmp_path: Path) -> None:

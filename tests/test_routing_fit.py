@@ -10,7 +10,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Row
-from axolotl_brainstacks.routing.data import MIXED, Sample, joined, split
+from axolotl_brainstacks.routing.data import MIXED, Sample, joined, joined_in_parts, split
 from axolotl_brainstacks.routing.fit import Prompts, Score, fit, objective, probabilities, target
 from axolotl_brainstacks.routing.router import Router, RouterConfig
 
@@ -25,11 +25,15 @@ def test_targets_blend_what_was_discovered_with_the_label() -> None:
     assert target(losses, (), [], DOMAINS, RouterArgs()) == [0, 0, 0], "a prompt of no domain is not blended"
 
 
-def test_a_soft_domain_that_helps_at_all_counts_half() -> None:
-    losses = {(): 2.0, ("chat",): 1.5, ("code",): 2.5, ("reasoning",): 1.999}
+def test_a_soft_domain_counts_half_when_adding_it_to_the_best_set_helps_at_all() -> None:
     args = RouterArgs(soft_domains=["code", "reasoning"], label_blend=0)
-    assert target(losses, ("chat",), ["chat"], DOMAINS, args) == [1, 0, 0.5]
-    assert target(losses, ("chat", "reasoning"), ["chat"], DOMAINS, args) == [1, 0, 1]
+    losses = {(): 2.0, ("chat",): 1.5, ("chat", "code"): 1.495, ("chat", "reasoning"): 1.6}
+    # Alone, it is the other way round: code harms and reasoning helps.
+    losses |= {("code",): 2.5, ("reasoning",): 1.9}
+    assert target(losses, ("chat",), ["chat"], DOMAINS, args) == [1, 0.5, 0]
+    assert target(losses | {("chat", "code"): 1.5}, ("chat",), ["chat"], DOMAINS, args) == [1, 0, 0]
+    losses |= {("code", "reasoning"): 1.0, ("chat", "code", "reasoning"): 0.9}
+    assert target(losses, ("code", "reasoning"), ["chat"], DOMAINS, args) == [0, 1, 1], "chat is not soft"
 
 
 def test_the_objective_is_bce_and_a_hinge_on_undecided_probabilities() -> None:
@@ -145,8 +149,28 @@ def test_the_split_has_the_shares_asked_for_and_follows_the_seed() -> None:
 def test_too_few_prompts_to_split() -> None:
     row = random_rows(1, Random())[0]
     rows = [row, *random_rows(1, Random()), *(with_answer(row, Random()) for _ in range(20))]
-    with pytest.raises(ValueError, match=r"chat has 2 different prompts, too few .*`brainstacks.router.samples`"):
+    with pytest.raises(
+        ValueError, match=r"`chat` has 2 different held-out prompts, too few .*router_datasets.*val_set_size"
+    ):
         split(samples_of("chat", rows), RouterArgs())
+
+
+def test_every_part_has_joined_prompts_of_its_own() -> None:
+    rng = Random(7)
+    samples = samples_of("chat", random_rows(60, rng)) + samples_of("code", random_rows(60, rng))
+    parts = split(samples, RouterArgs())
+    pairs, theirs = joined_in_parts(samples, parts, 20, seed=3)
+    assert Counter(theirs) == {"train": 14, "validation": 3, "test": 3}, "in proportion to the parts"
+    assert (pairs, theirs) == joined_in_parts(samples, parts, 20, seed=3)
+    prompts = {part: [s for s, other in zip(samples, parts, strict=True) if other == part] for part in set(parts)}
+    for pair, part in zip(pairs, theirs, strict=True):
+        assert any(
+            one.row.prompt_ids + other.row.prompt_ids == pair.row.prompt_ids and one.source != other.source
+            for one in prompts[part]
+            for other in prompts[part]
+        ), "not made of two prompts of its part"
+    for count in (0, 1, 2, 32):
+        assert len(joined_in_parts(samples, parts, count, seed=3)[0]) == count
 
 
 def test_joined_prompts_ask_both_questions_and_want_both_answers() -> None:

@@ -141,6 +141,22 @@ def test_a_router_of_another_version_is_refused(library: Library) -> None:
         Router.load(Library.open(library.path))
 
 
+def test_a_router_of_the_version_before_calibration_still_loads(library: Library) -> None:
+    fitted = router()
+    fitted.save(library)
+    config = {
+        "domains": DOMAINS, "features": 24, "width": 16, "dropout": 0.1, "max_tokens": 256,
+        "gate": {"gate_threshold": 0.3, "weights": "hard", "floors": {"chat": 0.2}},
+    }  # fmt: skip
+    with library.writing():
+        entry = library.manifest.router
+        assert entry is not None
+        entry.files[CONFIG] = library.write_file(CONFIG, json.dumps(config).encode())
+        library.set_router(entry)
+    gate_args = Router.load(Library.open(library.path)).config.gate
+    assert (gate_args.gate_threshold, gate_args.weights, gate_args.floors) == (0.3, "hard", {"chat": 0.2})
+
+
 @pytest.mark.parametrize(
     ("settings", "key"),
     [

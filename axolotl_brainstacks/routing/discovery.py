@@ -1,4 +1,7 @@
-"""Finds each prompt's best set of domains by measured loss (paper section 1), and keeps every loss measured."""
+"""Finds each prompt's best set of domains by measured loss (arXiv 2604.01152, outcome router), and keeps every loss.
+
+A set is measured as it would answer: its domains weigh 1, and those outside it their floors.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from axolotl_brainstacks.args import DiscoveryArgs
+from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.distributed import is_main, on_main
 from axolotl_brainstacks.evaluation import Row
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.search import DomainSet, exhaustive, greedy
+from axolotl_brainstacks.routing.search import DomainSet, Search
 
 FOLDER = "router/discovery"
 # A kill loses at most the chunk it falls into; larger chunks leave fewer batches that are not full.
@@ -27,11 +31,22 @@ BATCHES_PER_CHUNK = 8
 
 @dataclass
 class Found:
-    """What discovery learned about one row: mean losses per answer token by set of domains, and the best set."""
+    """What discovery learned about one row.
+
+    losses: mean losses per answer token, in nats, by set of domains. best, found_by: see `search.Choice`. base: the loss
+    with no stack at all, which is not that of () when a domain has a floor; None until it is measured.
+    """
 
     row: Row
     losses: dict[DomainSet, float]
-    best: DomainSet
+    best: DomainSet = ()
+    found_by: str = "base"
+    base: float | None = None
+
+
+def set_weights(domain_set: DomainSet, domains: Sequence[str], floors: Mapping[str, float]) -> Tensor:
+    """Weights (domains,) of a set: 1 in it, the floor outside. What `gate` gives a router with hard weights."""
+    return torch.tensor([1.0 if domain in domain_set else floors.get(domain, 0.0) for domain in domains])
 
 
 def row_key(row: Row) -> str:
@@ -40,30 +55,39 @@ def row_key(row: Row) -> str:
 
 
 class Records:
-    """`router/discovery/<source>.jsonl`: first a line with each domain's stacks, then a line per row.
+    """`router/discovery/<source>.jsonl`: first a line with each domain's stacks and floor, then a line per row.
 
-    Losses under sets of domains whose stacks have changed since are left out when the file is read.
+    What has changed since is left out when the file is read: losses under sets with a domain that has other stacks now,
+    and those under sets outside which a domain weighs another floor, or the same floor of other stacks.
     """
 
-    def __init__(self, library: Library, source: str, domains: Sequence[str]) -> None:
+    def __init__(self, library: Library, source: str, domains: Sequence[str], floors: Mapping[str, float]) -> None:
         self.library, self.file, self.domains = library, f"{FOLDER}/{source}.jsonl", list(domains)
         self.stacks = {d: [s.name for s in library.manifest.stacks if s.domain == d] for d in domains}
+        self.floors = {d: floors[d] for d in domains if floors.get(d)}
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def read(self) -> dict[str, dict[DomainSet, float]]:
-        """Losses by row key and set of domains. Raises ValueError when the file is damaged."""
+    def read(self) -> dict[str, tuple[dict[DomainSet, float], float | None]]:
+        """By row key: the losses by set of domains, and the base's. Raises ValueError when the file is damaged."""
         path = self.library.path / self.file
         if not path.exists():
             return {}
         try:
             header, *lines = map(json.loads, path.read_text().splitlines())
-            same = {domain for domain, stacks in self.stacks.items() if header["stacks"].get(domain) == stacks}
+            stacks, floors = header["stacks"], header.get("floors", {})
+            changed = {d for d in {*stacks, *self.stacks} if stacks.get(d) != self.stacks.get(d)}
+            moved = {d for d in {*floors, *self.floors} if floors.get(d) != self.floors.get(d) or d in changed}
+            known = {}
             for line in lines:
-                losses = {name: loss for name, loss in line["losses"].items() if same.issuperset(_members(name))}
-                self.rows[line["row"]] = line | {"losses": losses}
-            return {
-                key: {_members(name): loss for name, loss in line["losses"].items()} for key, line in self.rows.items()
-            }
+                every = {_members(name): float(loss) for name, loss in line["losses"].items()}
+                # Before there were floors, the empty set was the base.
+                base = line["base"] if "base" in line else None if floors else every.get(())
+                losses = {s: loss for s, loss in every.items() if changed.isdisjoint(s) and moved.issubset(s)}
+                if base is not None and not self.floors:
+                    losses[()] = base
+                known[line["row"]] = losses, base
+                self.rows[line["row"]] = line | {"base": base, "losses": self._named(losses)}
+            return known
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): delete it, and it is measured again") from error
 
@@ -71,13 +95,22 @@ class Records:
         """Add or replace the lines of these rows, atomically."""
         for item in found:
             key = row_key(item.row)
-            ordered = sorted(item.losses, key=lambda names: (len(names), [self.domains.index(name) for name in names]))
-            losses = {"+".join(names): item.losses[names] for names in ordered}
-            self.rows[key] = {"row": key, "best": list(item.best), "losses": losses}
-        text = "".join(json.dumps(line) + "\n" for line in [{"stacks": self.stacks}, *self.rows.values()])
+            self.rows[key] = {
+                "row": key,
+                "best": list(item.best),
+                "found_by": item.found_by,
+                "base": item.base,
+                "losses": self._named(item.losses),
+            }
+        header = {"stacks": self.stacks, "floors": self.floors}
+        text = "".join(json.dumps(line) + "\n" for line in [header, *self.rows.values()])
         path = self.library.path / self.file
         if not path.exists() or path.read_text() != text:
             self.library.write_file(self.file, text.encode())
+
+    def _named(self, losses: Mapping[DomainSet, float]) -> dict[str, float]:
+        ordered = sorted(losses, key=lambda names: (len(names), [self.domains.index(name) for name in names]))
+        return {"+".join(names): losses[names] for names in ordered}
 
 
 def _members(name: str) -> DomainSet:
@@ -88,40 +121,55 @@ def discover(
     library: Library,
     meter: Meter,
     sources: Mapping[str, Sequence[Row]],
-    args: DiscoveryArgs,
-    also: Mapping[str, Sequence[DomainSet]] = MappingProxyType({}),
+    args: RouterArgs,
+    named: Mapping[str, Sequence[tuple[str, DomainSet]]] = MappingProxyType({}),
 ) -> dict[str, list[Found]]:
     """The best set of domains of each row of each source; on every rank, while the main one is writing the library.
 
     Args:
         sources: rows by the name of their records.
-        also: sets wanted besides those that the search asks for, by `row_key`.
+        named: sets to measure whatever the search does, with their names, by `row_key`.
 
     Raises:
         ValueError: if the records of an earlier run are damaged, or `search: exhaustive` has too many domains.
     """
-    search = (exhaustive if args.search == "exhaustive" else greedy)(meter.domains, args.min_gain)
+    search = Search.of(meter.domains, args)
     results: dict[str, list[Found]] = {}
-    records = {source: Records(library, source, meter.domains) for source in sources}
+    records = {source: Records(library, source, meter.domains, args.floors) for source in sources}
     known = on_main(lambda: {source: record.read() for source, record in records.items()})
+    without_stacks = torch.zeros(len(meter.domains))
 
-    def missing(item: Found) -> list[DomainSet]:
-        item.best, sets = search(item.losses)
-        wanted = [*sets, *also.get(row_key(item.row), ())]
-        return [names for names in dict.fromkeys(wanted) if names not in item.losses]
+    def missing(item: Found) -> list[DomainSet | None]:
+        """The sets to measure next; None stands for the base."""
+        choice = search.choose(item.losses, named.get(row_key(item.row), ()))
+        item.best, item.found_by = choice.best, choice.found_by
+        wanted: list[DomainSet | None] = [*choice.missing]
+        if records[source].floors:
+            return [*wanted, None] if item.base is None else wanted
+        item.base = item.losses.get(())
+        return wanted
+
+    def weights(domain_set: DomainSet | None) -> Tensor:
+        return without_stacks if domain_set is None else set_weights(domain_set, meter.domains, args.floors)
 
     with _Progress(sum(len({*map(row_key, rows)}) for rows in sources.values()), len(meter.domains)) as progress:
         for source, rows in sources.items():
-            distinct = {row_key(row): Found(row, known[source].get(row_key(row), {}), ()) for row in rows}
+            distinct: dict[str, Found] = {}
+            for row in rows:
+                losses, base = known[source].get(row_key(row), ({}, None))
+                distinct[row_key(row)] = Found(row, losses, base=base)
             results[source] = [distinct[row_key(row)] for row in rows]
             by_length = sorted(distinct.values(), key=lambda item: len(item.row.input_ids))
             for start in range(0, len(by_length), BATCHES_PER_CHUNK * meter.batch_size):
                 chunk = by_length[start : start + BATCHES_PER_CHUNK * meter.batch_size]
                 while pairs := [(item, names) for item in chunk for names in missing(item)]:
-                    weights = torch.tensor([[float(d in names) for d in meter.domains] for _, names in pairs])
-                    losses = meter.losses([item.row for item, _ in pairs], weights, progress.measured)
-                    for (item, names), loss in zip(pairs, losses, strict=True):
-                        item.losses[names] = loss
+                    asked = torch.stack([weights(names) for _, names in pairs])
+                    measured = meter.losses([item.row for item, _ in pairs], asked, progress.measured)
+                    for (item, names), loss in zip(pairs, measured, strict=True):
+                        if names is None:
+                            item.base = loss
+                        else:
+                            item.losses[names] = loss
                 on_main(partial(records[source].write, chunk))
                 progress.finished(len(chunk))
     return results

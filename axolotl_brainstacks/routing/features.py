@@ -1,4 +1,4 @@
-"""What the router sees of a prompt: hidden states of the base model alone (paper section 1)."""
+"""What the router sees of a prompt: hidden states of the base model alone (arXiv 2604.01152, outcome router)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains the router on discovered targets (paper section 1)."""
+"""Trains the router on discovered targets (arXiv 2604.01152, outcome router)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ def target(
 ) -> list[float]:
     """What the router should answer for a prompt, per domain.
 
-    Discovered: 1 in the best set; 0.5 for a soft domain that is not in it but, alone, beats the base by any amount.
-    Then blended with the prompt's own labels, if it has any.
+    Discovered: 1 in the best set; 0.5 for a soft domain that is not in it but lowers the loss, by any amount, when it is
+    added to it. Then blended with the prompt's own labels, if it has any.
     """
 
     def discovered(domain: str) -> float:
-        helps = domain in args.soft_domains and losses[(domain,)] < losses[()]
-        return 1.0 if domain in best else 0.5 if helps else 0.0
+        if domain in best:
+            return 1.0
+        added = tuple(other for other in domains if other in best or other == domain)
+        return 0.5 if domain in args.soft_domains and losses[added] < losses[best] else 0.0
 
     blend = args.label_blend if labels else 0.0
     return [(1 - blend) * discovered(domain) + blend * (domain in labels) for domain in domains]

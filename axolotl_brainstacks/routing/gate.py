@@ -13,8 +13,8 @@ from axolotl_brainstacks.args import GateArgs
 def gate(probabilities: Tensor, domains: Sequence[str], args: GateArgs) -> tuple[Tensor, Tensor]:
     """Weights (rows, domains), and whether a row is uncovered (rows,): no domain passed, floors aside.
 
-    A domain passes at `gate_threshold`; it then weighs its probability (`weights: soft`, paper section 1) or 1
-    (`hard`: the scale its stacks were trained at). Floors apply to every row.
+    A domain passes at `gate_threshold`; it then weighs its probability (`weights: soft`, arXiv 2604.01152) or 1 (`hard`:
+    the scale its stacks were trained at). Floors apply to every row.
 
     Args:
         probabilities: (rows, domains), in the order of `domains`.

@@ -1,12 +1,11 @@
-"""Makes a library's router: discovers targets, fits the network, measures what its choices cost, saves."""
+"""Makes a library's router: discovers targets, fits and calibrates the network, measures what it costs, saves."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -14,32 +13,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axolotl_brainstacks.args import RouterArgs
+from axolotl_brainstacks.args import GateArgs, RouterArgs, ThresholdArgs
 from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.library import WEIGHTS as STACK_WEIGHTS
-from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library import Library, Manifest
 from axolotl_brainstacks.report import ROUTER_CHART, write_report
-from axolotl_brainstacks.routing.data import MIXED, Part, Sample, joined, keep_rows, split
-from axolotl_brainstacks.routing.discovery import discover, row_key
+from axolotl_brainstacks.routing.calibrate import calibrate, gate_losses
+from axolotl_brainstacks.routing.data import MIXED, Part, Sample, count_parts, joined_in_parts, keep_rows, split
+from axolotl_brainstacks.routing.discovery import Found, discover, row_key
 from axolotl_brainstacks.routing.evaluate import Judged, summary
 from axolotl_brainstacks.routing.fit import Prompts, Score, fit, probabilities, target
 from axolotl_brainstacks.routing.gate import gate
 from axolotl_brainstacks.routing.measure import Meter
 from axolotl_brainstacks.routing.report import chart
 from axolotl_brainstacks.routing.router import Router, RouterConfig
+from axolotl_brainstacks.routing.search import DomainSet, Search
 from axolotl_brainstacks.storage import json_to_bytes
 
 LOG = logging.getLogger(__name__)
 
 EVALUATION = "router/evaluation.json"
+# What a router follows from is measured otherwise than by earlier versions: theirs are made again.
+VERSION = 2
 
 
 def origin(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str:
     """A digest of all that a router follows from: the stacks, the prompts, the settings."""
     stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.stacks]
+    contexts = [[entry.name, *entry.context] for entry in library.manifest.domains]
     prompts = [[row_key(sample.row), sample.source, *sample.labels] for sample in samples]
-    content = json.dumps([stacks, prompts, args.model_dump(mode="json")])
+    content = json.dumps([VERSION, stacks, contexts, prompts, args.model_dump(mode="json")])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def training_sets(manifest: Manifest, domains: Sequence[str]) -> dict[str, DomainSet]:
+    """For each of `domains`, those of them that had a stack on while it was trained, itself included."""
+    owner = {stack.name: stack.domain for stack in manifest.stacks}
+    on = {name: {name, *(owner.get(stack) for stack in manifest.domain(name).context)} for name in domains}
+    return {name: tuple(domain for domain in domains if domain in on[name]) for name in domains}
+
+
+def named_sets(labels: Sequence[str], trained_with: Mapping[str, DomainSet]) -> list[tuple[str, DomainSet]]:
+    """The sets that a prompt's labels suggest: the labels themselves, what all of them, and what each was trained with."""
+    if not labels:
+        return []
+    domains = list(trained_with)
+    union = tuple(domain for domain in domains if any(domain in trained_with[label] for label in labels))
+    own = tuple(domain for domain in domains if domain in labels)
+    return [("own_label", own), ("trained_with", union), *(("trained_with", trained_with[label]) for label in labels)]
 
 
 def made_before(library: Library, origin: str) -> dict[str, Any] | None:
@@ -53,58 +74,64 @@ def made_before(library: Library, origin: str) -> dict[str, Any] | None:
 
 
 def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args: RouterArgs) -> dict[str, Any]:
-    """Discover, fit, evaluate and save; on every rank, while the main one is writing the library.
+    """Discover, fit, calibrate, evaluate and save; on every rank, while the main one is writing the library.
 
     Returns:
         The content of `router/evaluation.json`.
     """
     made_from = origin(library, samples, args)
     parts = split(samples, args)
-    unseen = [sample for sample, part in zip(samples, parts, strict=True) if part == "test"]
-    pairs = [] if args.mixed_datasets else joined(unseen, args.mixed_pairs, args.seed)
-    samples, unseen = [*samples, *pairs], [*unseen, *pairs]
-    parts += ["test"] * len(pairs)
-    sources = {
-        source: [s.row for s in samples if s.source == source] for source in dict.fromkeys(s.source for s in samples)
-    }
-    compared = {
-        row_key(s.row): [tuple(meter.domains), tuple(d for d in meter.domains if d in s.labels)] for s in unseen
-    }
-    discovered = discover(library, meter, sources, args, compared)
+    if not args.mixed_datasets:
+        pairs, their_parts = joined_in_parts(samples, parts, args.mixed_pairs, args.seed)
+        samples, parts = [*samples, *pairs], [*parts, *their_parts]
+    counts = count_parts(samples, parts)
+    for source, count in counts.items():
+        LOG.info("Held-out prompts of `%s`: %s", source, ", ".join(f"{n} in {part}" for part, n in count.items()))
+    trained_with = training_sets(library.manifest, meter.domains)
+    named = [named_sets(sample.labels, trained_with) for sample in samples]
+    asked: dict[str, list[tuple[str, DomainSet]]] = {}
+    for sample, sets in zip(samples, named, strict=True):
+        asked.setdefault(row_key(sample.row), []).extend(sets)
+    sources = {source: [s.row for s in samples if s.source == source] for source in counts}
+    discovered = discover(library, meter, sources, args, asked)
+    found = [item for items in discovered.values() for item in items]
     on_main(lambda: keep_rows(library, samples))
 
     LOG.info("Reading the base features of %d prompts", len(samples))
     features = meter.features([sample.row.prompt_ids for sample in samples], args.max_tokens)
-    found = [item for items in discovered.values() for item in items]
     targets = torch.tensor(
         [target(f.losses, f.best, s.labels, meter.domains, args) for s, f in zip(samples, found, strict=True)]
     )
 
-    def part(name: Part) -> Prompts:
-        chosen = [i for i, other in enumerate(parts) if other == name]
-        return Prompts([features[i] for i in chosen], targets[chosen])
+    def of_part[T](name: Part, items: Sequence[T]) -> list[T]:
+        return [item for item, part in zip(items, parts, strict=True) if part == name]
 
-    router, epochs, predicted = on_main(partial(_fitted, meter, part("train"), part("validation"), part("test"), args))
-    weights, uncovered = gate(predicted, meter.domains, args.gate())
-    losses = meter.losses([sample.row for sample in unseen], weights)
-    unseen_found = [item for item, other in zip(found, parts, strict=True) if other == "test"]
-    judged = [
-        Judged(sample, item, loss, bool(flag))
-        for sample, item, loss, flag in zip(unseen, unseen_found, losses, uncovered, strict=True)
-    ]
+    def prompts(name: Part) -> Prompts:
+        return Prompts(of_part(name, features), targets[[part == name for part in parts]])
+
+    router, epochs, validation, predicted = on_main(
+        partial(_fitted, meter, prompts("train"), prompts("validation"), prompts("test"), args)
+    )
+    chosen, tried = calibrate(meter, of_part("validation", found), validation, args)
+    router.config = router.config.model_copy(update={"gate": chosen})
+    unseen = of_part("test", samples)
+    judged = _judged(meter, unseen, of_part("test", found), of_part("test", named), predicted, chosen, args)
     context = {
         "score": {
-            name: asdict(Score.of(predicted[rows], part("test").targets[rows]))
+            name: asdict(Score.of(predicted[rows], prompts("test").targets[rows]))
             for name in ("domains", "mixed")
             if (rows := [i for i, sample in enumerate(unseen) if (sample.source == MIXED) == (name == "mixed")])
         },
+        "gate": chosen.model_dump(mode="json"),
+        "calibration": tried,
         "epochs": [asdict(score) for score in epochs],
-        "prompts": dict(Counter(parts)),
+        "prompts": counts,
         "forwards": meter.forwards,
         "settings": args.model_dump(mode="json"),
         "origin": made_from,
     }
-    evaluation = summary(judged, discovered, meter.domains) | context
+    has_floors = any(args.floors.get(domain) for domain in meter.domains)
+    evaluation = summary(judged, samples, found, has_floors) | context
 
     def save() -> None:
         library.write_file(EVALUATION, json_to_bytes(evaluation))
@@ -118,7 +145,8 @@ def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args:
 
 def _fitted(
     meter: Meter, train: Prompts, validation: Prompts, test: Prompts, args: RouterArgs
-) -> tuple[Router, list[Score], Tensor]:
+) -> tuple[Router, list[Score], Tensor, Tensor]:
+    """The router, its epochs' scores, and its probabilities (prompts, domains) for the validation and test parts."""
     device = next(meter.model.parameters()).device
     config = RouterConfig(
         domains=meter.domains,
@@ -130,6 +158,42 @@ def _fitted(
     )
     router = Router.fresh(config, args.seed)
     epochs = fit(router, train, validation, args, device)
-    predicted = probabilities(router, test, args.batch_size, device)
+    for_validation, for_test = (probabilities(router, part, args.batch_size, device) for part in (validation, test))
     router.network.cpu()
-    return router, epochs, predicted
+    return router, epochs, for_validation, for_test
+
+
+def _judged(
+    meter: Meter,
+    samples: Sequence[Sample],
+    found: Sequence[Found],
+    named: Sequence[Sequence[tuple[str, DomainSet]]],
+    predicted: Tensor,
+    chosen: GateArgs,
+    args: RouterArgs,
+) -> list[Judged]:
+    """The unseen prompts' losses under all choices. On every rank."""
+    soft, hard, router = gate_losses(meter, found, predicted, [args.gate("soft"), args.gate("hard"), chosen])
+    uncovered = gate(predicted, meter.domains, chosen)[1].tolist()
+    search = Search.of(meter.domains, args)
+    judged = []
+    for number, (sample, item) in enumerate(zip(samples, found, strict=True)):
+        assert item.base is not None
+        # The router may pick a set that the search never came to.
+        measured = {item.best: item.losses[item.best], _passed(predicted[number], meter, args): hard[number]}
+        if chosen.weights == "hard":
+            measured[_passed(predicted[number], meter, chosen)] = router[number]
+        # Of two sets of one name the first is what the prompt's labels say together.
+        sets = dict(reversed(named[number]))
+        losses = {"base": item.base, "ungated": item.losses[tuple(meter.domains)]}
+        losses |= {name: item.losses[domain_set] for name, domain_set in sets.items()}
+        losses |= {"soft": soft[number], "hard": hard[number], "router": router[number]}
+        losses["discovered"] = measured[min(measured, key=lambda domain_set: search.cost(measured, domain_set))]
+        judged.append(Judged(sample, losses, uncovered[number]))
+    return judged
+
+
+def _passed(probabilities: Tensor, meter: Meter, args: ThresholdArgs) -> DomainSet:
+    """The domains that are on with hard weights, for a prompt's probabilities (domains,)."""
+    passed = (probabilities >= args.gate_threshold).tolist()
+    return tuple(domain for domain, on in zip(meter.domains, passed, strict=True) if on)

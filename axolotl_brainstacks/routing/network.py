@@ -10,7 +10,8 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.3, 3.0
 
 
 class OutcomeRouter(nn.Module):
-    """Token projection, attention pooling by a global query and one query per domain, a GELU MLP (paper section 1).
+    """Token projection, attention pooling by a global query and one query per domain, a GELU MLP: the outcome router of
+    arXiv 2604.01152.
 
     The MLP's hidden layer is shared by the domains; its output row is each domain's own, so that two domains that
     attend to the same tokens can still disagree. 2.2M parameters for 3,840 features and 5 domains.

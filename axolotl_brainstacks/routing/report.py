@@ -10,28 +10,51 @@ from rich.table import Table
 from axolotl_brainstacks.report import png
 from axolotl_brainstacks.routing.evaluate import CHOICES
 
-COLOURS = ("#999999", "#d55e00", "#56b4e9", "#0072b2", "#009e73")
+COLOURS = ("#999999", "#d55e00", "#56b4e9", "#e69f00", "#cc79a7", "#f0e442", "#0072b2", "#009e73")
+# Of the table, for 80 characters a line.
+HEADINGS = ("base", "all on", "own", "trained", "soft", "hard", "router", "best", "regret")
 
 
 def show(evaluation: dict[str, Any], console: Console) -> None:
-    """Print the tables of `evaluation.json`; `own` is the domain that the prompt was written for, alone."""
+    """Print the tables of `evaluation.json`."""
     for name, score in evaluation["score"].items():
         figures = f"accuracy {score['top1']:.1%}, set match {score['set_match']:.1%}, BCE {score['bce']:.3f}"
         console.print(f"Unseen prompts ({name}): {figures}")
-    table = Table(title="Mean loss per answer token on unseen prompts", title_justify="left")
+    gate, prompts = evaluation["gate"], evaluation["prompts"]
+    origin = "as configured"
+    if evaluation["calibration"]:
+        validation = sum(parts["validation"] for parts in prompts.values())
+        origin = f"best of {len(evaluation['calibration'])} on {validation} validation prompts"
+    console.print(f"Gate: {gate['weights']} weights from probability {gate['gate_threshold']:g} on, {origin}")
+    table = Table(
+        title="Mean loss per answer token on unseen prompts", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
     table.add_column("prompts of", overflow="fold", min_width=10)
-    for heading in ("n", "base", "all on", "own", "router", "best", "regret", "uncovered"):
+    for heading in ("n", *HEADINGS, "unc."):
         table.add_column(heading, justify="right", no_wrap=True)
     for source, row in evaluation["losses"].items():
         cells = [f"{row[choice]:.3f}" if choice in row else "-" for choice in (*CHOICES, "regret")]
         table.add_row(source, str(row["prompts"]), *cells, str(row["uncovered"]))
     console.print(table)
-    table = Table(title="How often which set of domains was best", title_justify="left")
+    console.print(
+        "own: the stacks of the prompt's own domain; trained: those that were on when that was trained; soft, hard: the "
+        f"router from {evaluation['settings']['gate_threshold']:g} on; router: with the gate above; best: the best set "
+        "found; regret: router - best; unc.: claimed for no domain"
+    )
+    table = Table(title="Best sets of domains, over all held-out prompts", title_justify="left")
     table.add_column("prompts of", overflow="fold")
+    table.add_column("n", justify="right")
     table.add_column("sets, most frequent first", overflow="fold")
+    table.add_column("found by", overflow="fold")
+    table.add_column("without own domain", justify="right")
     for source, wins in evaluation["winners"].items():
         total = sum(wins.values())
-        table.add_row(source, ", ".join(f"{title} {count / total:.0%}" for title, count in wins.items()))
+        shares = [
+            ", ".join(f"{title} {count / total:.0%}" for title, count in counts.items())
+            for counts in (wins, evaluation["found_by"][source])
+        ]
+        own = evaluation["leaves_out_own"]
+        table.add_row(source, str(total), *shares, f"{own[source]:.0%}" if source in own else "-")
     console.print(table)
 
 

@@ -132,7 +132,7 @@ class Router:
 
 
 def spread(weights: Tensor, domains: list[str], stacks: Iterable[Stack]) -> tuple[list[str], Tensor]:
-    """A domain's weight goes to all of its stacks (paper section 1).
+    """A domain's weight goes to all of its stacks (arXiv 2604.01152, inference).
 
     Args:
         weights: (rows, domains), in the order of `domains`.

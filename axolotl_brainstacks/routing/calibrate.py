@@ -1,0 +1,76 @@
+"""Chooses the gate by what it costs: threshold and kind of weights, by measured loss on validation prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from axolotl_brainstacks.args import GateArgs, RouterArgs
+from axolotl_brainstacks.routing.discovery import Found, row_key, set_weights
+from axolotl_brainstacks.routing.gate import gate
+from axolotl_brainstacks.routing.measure import Meter
+
+THRESHOLDS = (0.05, 0.12, 0.2, 0.3, 0.5, 0.7)
+KINDS: tuple[Literal["soft", "hard"], ...] = ("soft", "hard")
+
+
+def calibrate(
+    meter: Meter, found: Sequence[Found], probabilities: Tensor, args: RouterArgs
+) -> tuple[GateArgs, list[dict[str, Any]]]:
+    """The gate with the lowest mean loss; of equal ones the first, and the configured threshold comes first.
+
+    With `weights: soft` or `hard` it is the configured one, and nothing is measured. On every rank.
+
+    Args:
+        found: the validation prompts.
+        probabilities: (prompts, domains), the router's for them.
+
+    Returns:
+        the gate, and for each gate tried its threshold, its kind of weights and its mean loss per answer token, nats.
+    """
+    if args.weights != "auto":
+        return args.gate(), []
+    thresholds = list(dict.fromkeys([args.gate_threshold, *THRESHOLDS]))
+    gates = [args.gate(kind, threshold) for threshold in thresholds for kind in KINDS]
+    losses = gate_losses(meter, found, probabilities, gates)
+    means = [sum(each) / len(each) for each in losses]
+    tried = [
+        {"gate_threshold": tried.gate_threshold, "weights": tried.weights, "loss": mean}
+        for tried, mean in zip(gates, means, strict=True)
+    ]
+    return gates[means.index(min(means))], tried
+
+
+def gate_losses(
+    meter: Meter, found: Sequence[Found], probabilities: Tensor, gates: Sequence[GateArgs]
+) -> list[list[float]]:
+    """Mean loss per answer token of each prompt under the weights of each gate, nats: a list of prompts for each gate.
+
+    Weights that a prompt was measured under before, by another gate or in discovery, are not measured again.
+    """
+    keys = [row_key(item.row) for item in found]
+    known: dict[tuple[str, tuple[float, ...]], float] = {}
+    for key, item in zip(keys, found, strict=True):
+        for domain_set, loss in item.losses.items():
+            # All gates have the same floors, those that discovery measured with.
+            known[key, _tuple(set_weights(domain_set, meter.domains, gates[0].floors))] = loss
+        if item.base is not None:
+            known[key, (0.0,) * len(meter.domains)] = item.base
+    weights = [gate(probabilities, meter.domains, tried)[0] for tried in gates]
+    wanted = {
+        (key, _tuple(row)): (item.row, row)
+        for rows in weights
+        for key, item, row in zip(keys, found, rows, strict=True)
+        if (key, _tuple(row)) not in known
+    }
+    if wanted:
+        rows, asked = zip(*wanted.values(), strict=True)
+        known |= zip(wanted, meter.losses(rows, torch.stack(asked)), strict=True)
+    return [[known[key, _tuple(row)] for key, row in zip(keys, rows, strict=True)] for rows in weights]
+
+
+def _tuple(weights: Tensor) -> tuple[float, ...]:
+    return tuple(weights.tolist())
