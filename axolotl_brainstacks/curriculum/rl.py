@@ -33,6 +33,9 @@ def prepare_rl(trainer: Trainer, rl: str, seed: int, report: Callable[[str], Non
                 parameter.data = parameter.data.float()
     if rl in ONLINE:
         trainer.reward_funcs = [checked(function, report) for function in trainer.reward_funcs]  # type: ignore[attr-defined]
+        # Sampling from the logits of spoilt weights would crash. The loss is not finite then, and the guard ends the round.
+        trainer.generation_config.remove_invalid_values = True  # type: ignore[attr-defined]
+        trainer.generation_kwargs["remove_invalid_values"] = True  # type: ignore[attr-defined]
         _evaluate_alike(trainer, seed)
 
 

@@ -15,6 +15,7 @@ REFUSED_TRL = {
     "async_prefetch": "it needs vLLM, which cannot compute the stack in training",
     "use_data_producer": "it needs vLLM, which cannot compute the stack in training",
     "sync_ref_model": "the reference of a round is the model without the round's stack, and stays so",
+    "reward_num_workers": "reward functions run in the training process, which watches what they return",
     "reward_processing_classes": "reward models are not supported; name functions in `trl.reward_funcs`",
 }
 _PAIRS = "a prompt with a chosen and a rejected answer"

@@ -1,0 +1,108 @@
+"""GRPO as a round of a domain, by the real command on a tiny model: its reward is the share of lower-case letters."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agreement import with_engine
+from processes import start_train, train, train_ranks, wait_for
+from test_curriculum import curriculum_config
+from test_interruption import contents
+from test_rl_rounds import preferring, stack_hashes
+
+from axolotl_brainstacks.library import Library
+
+
+def rewarded(model: Path, folder: Path, reward: str = "letters", **keys: Any) -> dict[str, Any]:
+    """A config with one supervised round and one of GRPO."""
+    files = []
+    for part, count in (("train", 48), ("test", 8)):
+        files.append(folder / f"questions-{part}.jsonl")
+        files[-1].write_text("".join(json.dumps({"question": f"Say {part} {i}"}) + "\n" for i in range(count)))
+    entries = [
+        {"path": str(file), "ds_type": "json", "split": "train", "type": "axolotl_brainstacks.question_answer"}
+        for file in files
+    ]
+    grpo = {
+        "rl": "grpo",
+        "max_steps": 12,
+        "eval_steps": 4,
+        "learning_rate": 2e-2,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "eval_batch_size": 8,
+        "datasets": entries[:1],
+        "test_datasets": entries[1:],
+        "trl": {
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "beta": 0.0,
+            "reward_funcs": [f"odd_rewards.{reward}"],
+        },
+        **keys,
+    }
+    config = curriculum_config(model, folder, ["chat"], boosting={"max_rounds": 1, "min_loss_delta": 0.0})
+    return preferring(config, grpo, rl={"max_loss_increase": 5.0})
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    folder = tmp_path_factory.mktemp("grpo")
+    config = rewarded(tiny_llama_dir, folder)
+    return config, folder, train(config, folder)
+
+
+def test_the_held_out_reward_rises_and_the_stack_is_kept(run: tuple[dict[str, Any], Path, str]) -> None:
+    library = Library.open(run[1] / "out" / "library")
+    assert library.verify() == []
+    supervised, grpo = library.manifest.domain("chat").rounds
+    assert supervised.rl is None and grpo.rl == "grpo" and grpo.kept
+    assert grpo.objective_after > grpo.objective_before + 0.02  # type: ignore[operator]
+    assert library.stack_config("s002_chat")["noisy_gate"] is False
+    assert "chat/round2/reward" in run[2]
+
+
+def test_stopped_and_resumed(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """Sampled answers come out the same, because the random state is part of a checkpoint."""
+    config = run[0] | {"output_dir": str(tmp_path / "out")}
+    process = start_train(config, tmp_path)
+    log = wait_for([process], tmp_path, "chat/round2/loss")
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(60)
+    train(config, tmp_path)
+    assert "Resuming chat, round 2" in log.read_text()
+    assert contents(tmp_path / "out" / "library") == contents(run[1] / "out" / "library")
+
+
+def test_a_reward_that_is_not_finite_ends_the_round(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = rewarded(tiny_llama_dir, tmp_path, "infinite_later")
+    train(config, tmp_path)
+    library = Library.open(tmp_path / "out" / "library")
+    grpo = library.manifest.domain("chat").rounds[1]
+    assert "infinite_later" in grpo.stop_reason and "inf" in grpo.stop_reason and grpo.steps == 3
+    assert not grpo.kept and library.manifest.domain("chat").done and library.verify() == []
+
+
+def test_an_exploding_learning_rate_leaves_the_library_as_it_was(
+    run: tuple[dict[str, Any], Path, str], tmp_path: Path
+) -> None:
+    domain = run[0]["brainstacks"]["domains"][0]
+    exploding = domain["rl_rounds"][0] | {"learning_rate": 1e7}
+    block = run[0]["brainstacks"] | {"domains": [domain | {"rl_rounds": [exploding]}]}
+    train(run[0] | {"output_dir": str(tmp_path / "out"), "brainstacks": block}, tmp_path)
+    library = Library.open(tmp_path / "out" / "library")
+    grpo = library.manifest.domain("chat").rounds[1]
+    assert not grpo.kept and grpo.dropped and grpo.steps < 12, grpo
+    supervised = stack_hashes(Library.open(run[1] / "out" / "library"))["s001_chat"]
+    assert stack_hashes(library) == {"s001_chat": supervised} and library.verify() == []
+
+
+def test_two_ranks_under_zero2_and_a_4_bit_base(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = rewarded(tiny_llama_dir, tmp_path, max_steps=4) | {"load_in_4bit": True}
+    log = train_ranks(with_engine(config, "zero2", tmp_path), tmp_path)
+    assert "2 processes" in log and "4-bit layers: 14 of 14" in log
+    library = Library.open(tmp_path / "out" / "library")
+    assert library.verify() == [] and library.manifest.domain("chat").rounds[1].rl == "grpo"
