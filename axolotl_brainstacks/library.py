@@ -19,6 +19,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from axolotl_brainstacks import replacement
 from axolotl_brainstacks.args import FrozenDtype
 from axolotl_brainstacks.manifest import (
     MANIFEST,
@@ -33,6 +34,7 @@ from axolotl_brainstacks.manifest import (
     StackEntry,
 )
 from axolotl_brainstacks.storage import (
+    copy_durably,
     json_to_bytes,
     load_tensors,
     make_writable,
@@ -52,7 +54,7 @@ STAGE = ".tmp"
 OWNED = {
     "stacks": re.compile(STACK_PATTERN),
     "nullspace": re.compile(r"[a-z][a-z0-9_]{0,31}-[0-9a-f]{12}\.safetensors"),
-    "validation": re.compile(r"[a-z][a-z0-9_]{0,31}\.safetensors"),
+    "validation": re.compile(r"[a-z][a-z0-9_]{0,31}(-[0-9a-f]{12})?\.safetensors"),
 }
 
 
@@ -179,20 +181,32 @@ class Library:
             manifest.domain(domain).context = [*(context or []), entry.name]
         return entry
 
-    def write_nullspace(
-        self, domain: str, tensors: dict[str, Tensor], columns: int, energy: float, capacity_left: float
+    def write_protection(
+        self, domain: str, tensors: dict[str, Tensor], energy: float, capacity_left: float, beyond: list[str]
     ) -> NullSpaceEntry:
-        """Keep the basis that `domain` trains against, in place of an older one. Raises as `add_stack` does."""
+        """Keep the columns that protect `domain`, (out, d) by projection, in place of older ones. Raises as `add_stack`.
+
+        `energy`, `capacity_left` and `beyond` as in `NullSpaceEntry`.
+        """
         data = tensors_to_bytes(tensors, f"the null space of domain {domain!r}")
         # Named by content: the file that the manifest lists now is never overwritten.
         file = f"nullspace/{domain}-{record_of(data).sha256[:12]}.safetensors"
         with self._changing() as manifest:
-            record = self._put(file, data)
             entry = NullSpaceEntry(
-                file=file, record=record, columns=columns, energy=energy, capacity_left=capacity_left
+                file=file,
+                record=self._put(file, data),
+                columns=max((basis.shape[1] for basis in tensors.values()), default=0),
+                energy=energy,
+                capacity_left=capacity_left,
+                beyond=beyond,
             )
-            manifest.domain(domain).nullspace = entry
+            manifest.domain(domain).protection = entry
         return entry
+
+    def unprotect(self, domain: str) -> None:
+        """Drop the columns that protect `domain`, and all that were fitted with a view to them."""
+        with self._changing() as manifest:
+            manifest.unprotect(domain)
 
     def write_file(self, relative: str, data: bytes) -> FileRecord:
         """Write a file of the report or the router, atomically. A router that listed the file is dropped first: a kill
@@ -227,14 +241,90 @@ class Library:
             manifest.root = {file: self._put(file, content) for file, content in data.items()}
 
     def remove_domain(self, name: str) -> list[str]:
-        """Remove a domain with its stacks and null space; the router is stale then. Returns its dependents."""
+        """Remove a domain with its stacks and what protects it; the router is stale then. Returns its dependents."""
         with self._changing() as manifest:
             dependents = manifest.dependents(name)
+            manifest.unprotect(name)
             manifest.domains.remove(manifest.domain(name))
             manifest.stacks = [s for s in manifest.stacks if s.domain != name]
             if manifest.router:
                 manifest.router.stale = True
         return dependents
+
+    def replace_domain(self, name: str) -> list[str]:
+        """Have a finished domain trained again; its old stacks answer until then. Returns its dependents."""
+        with self._changing() as manifest:
+            dependents = manifest.dependents(name)
+            replacement.begin(manifest, name)
+        return dependents
+
+    def renew_validation(self, name: str, base_loss: float, rows: bytes) -> None:
+        """Give a domain that is being replaced other validation rows, before its first round."""
+        file = f"validation/{name}-{record_of(rows).sha256[:12]}.safetensors"
+        with self._changing() as manifest:
+            entry = manifest.domain(name)
+            assert entry.before is not None and not entry.rounds, "rounds were measured on the rows there are"
+            entry.base_loss, entry.validation, entry.validation_file = base_loss, self._put(file, rows), file
+
+    def undo_replacement(self, name: str) -> None:
+        """Put a domain that is being replaced back as it was; stacks that were trained since are dropped."""
+        with self._changing() as manifest:
+            replacement.undo(manifest, name)
+
+    def finish_domain(self, name: str) -> DomainEntry:
+        """Close a domain after its last round; of one that was replaced, the old stacks give way to the new ones."""
+        with self._changing() as manifest:
+            replacement.finish(manifest, name)
+        return self.manifest.domain(name)
+
+    def join(self, other: Self, domains: dict[str, str]) -> list[StackEntry]:
+        """Take over domains of another library on the same base, files byte for byte; the router is stale then.
+
+        Args:
+            domains: the name here, by the name in `other`; as `joining.joined_names` has checked them.
+
+        Raises:
+            ValueError: naming a file of `other` that is missing or damaged; then nothing has changed.
+        """
+        theirs, joined = other.manifest, []
+        with self._changing() as manifest:
+            manifest.frozen_dtype = theirs.frozen_dtype
+            names: dict[str, str] = {}
+            for old, new in domains.items():
+                source = theirs.domain(old)
+                for stack in theirs.stacks_of(old):
+                    name = names[stack.name] = manifest.next_stack_name(new)
+                    manifest.next_stack += 1
+                    for file, record in stack.files.items():
+                        copy_durably(other.stack_path(stack.name) / file, self.path / STAGE / name / file, record)
+                    sync_folder(self.path / STAGE / name)
+                    joined.append(stack.model_copy(update={"name": name, "domain": new}))
+                entry = DomainEntry(
+                    name=new,
+                    base_loss=source.base_loss,
+                    validation=source.validation,
+                    context=[names[stack] for stack in source.context],
+                    rounds=[r.model_copy(update={"stack": r.stack and names[r.stack]}) for r in source.rounds],
+                    done=True,
+                    soft=source.soft,
+                )
+                if source.validation:
+                    staged = self.path / STAGE / entry.validation_path
+                    copy_durably(other.path / source.validation_path, staged, source.validation)
+                self._append_domain(manifest, entry)
+            # Were these numbers still free when the stacks are there, a kill between the two would leave what looks like
+            # the newest stacks of a library whose manifest is old.
+            self._commit(Manifest.read(self.path).model_copy(update={"next_stack": manifest.next_stack}))
+            for stack in joined:
+                self._publish(self.path / STAGE / stack.name, f"stacks/{stack.name}")
+            for entry in manifest.domains:
+                staged = self.path / STAGE / entry.validation_path
+                if staged.exists():
+                    self._publish(staged, entry.validation_path)
+            manifest.stacks += joined
+            if manifest.router:
+                manifest.router.stale = True
+        return joined
 
     # Reading
 
@@ -252,20 +342,24 @@ class Library:
         record = self.manifest.stack(name).files[WEIGHTS]
         return load_tensors(self._checked(f"stacks/{name}/{WEIGHTS}", record, verify))
 
-    def nullspace(self, domain: str) -> dict[str, Tensor]:
-        """The basis that a domain was trained against. Raises ValueError when it has none, or its file is damaged."""
-        entry = self.manifest.domain(domain).nullspace
+    def protection(self, domain: str) -> dict[str, Tensor]:
+        """The columns (out, d) that protect a domain, by projection. Raises ValueError when it has none, or its file is
+        damaged."""
+        entry = self.manifest.domain(domain).protection
         if entry is None:
-            raise ValueError(f"domain {domain!r} of {self.path} was trained without a null space")
+            raise ValueError(f"domain {domain!r} of {self.path} has no protection yet: the next training fits it")
         return load_tensors(self._checked(entry.file, entry.record))
 
     def validation(self, domain: str) -> bytes:
         """The validation rows of a domain, for `evaluation.unpack_rows`. Raises ValueError when it has none or they are
         damaged."""
-        record = self.manifest.domain(domain).validation
-        if record is None:
-            raise ValueError(f"domain {domain!r} of {self.path} has no validation rows")
-        return self._checked(f"validation/{domain}.safetensors", record).read_bytes()
+        return self.validation_of(self.manifest.domain(domain))
+
+    def validation_of(self, entry: DomainEntry) -> bytes:
+        """`validation`, also of the old entry of a domain that is being replaced."""
+        if entry.validation is None:
+            raise ValueError(f"domain {entry.name!r} of {self.path} has no validation rows")
+        return self._checked(entry.validation_path, entry.validation).read_bytes()
 
     def verify(self) -> list[str]:
         """What is wrong with the library's files, one line each; empty when every file is whole and none looks like
@@ -323,7 +417,7 @@ class Library:
             if manifest != before:
                 self._commit(Manifest.model_validate(manifest.model_dump()))
         finally:
-            self._sweep()
+            self._sweep(after_a_change=True)
 
     def _append_domain(self, manifest: Manifest, entry: DomainEntry) -> None:
         if entry.name in (domain.name for domain in manifest.domains):
@@ -360,8 +454,11 @@ class Library:
         for folder in PurePosixPath(relative).parents:
             sync_folder(self.path / folder)
 
-    def _sweep(self) -> None:
-        """Read the manifest again and remove what a killed writer left: ours by its name, and not listed."""
+    def _sweep(self, after_a_change: bool = False) -> None:
+        """Read the manifest again and remove what is ours by its name, and not listed.
+
+        A killed writer left it; unless `after_a_change`, which removed it or failed.
+        """
         self.manifest = Manifest.read(self.path)
         listed = {PurePosixPath(file).parts[:2] for file in self.manifest.files}
         found = (p for folder, name in OWNED.items() for p in (self.path / folder).glob("*") if name.fullmatch(p.name))
@@ -372,7 +469,7 @@ class Library:
                 f"{self.path / MANIFEST} is older than {min(newer)}: put the newest {MANIFEST} back, or move the stacks that "
                 "it does not know out of the library"
             )
-        for path in numbers:
+        for path in () if after_a_change else numbers:
             LOG.warning("%s was left by a killed run: removed", path)
         for path in [*unlisted, self.path / STAGE]:
             if path.is_dir() and not path.is_symlink():

@@ -72,7 +72,7 @@ def every_change(library: Library) -> Iterator[None]:
     tensors = {KEY + "B.weight": torch.arange(1.0, 4000.0)}
     yield library.add_domain(a_domain("law", ["s001_chat"]), b"rows of law")
     yield library.record_round("law", a_round(1, kept=False))
-    yield library.write_nullspace("code", tensors, 3, 0.5, 0.5) and None
+    yield library.write_protection("code", {"v": tensors[KEY + "B.weight"].reshape(-1, 3)}, 0.5, 0.5, []) and None
     yield library.add_stack("law", 2, CONFIG, tensors, a_round(2)) and None
     record = library.write_file("router/router.safetensors", b"new")
     yield
@@ -100,7 +100,7 @@ def test_a_kill_before_any_file_operation(
     library: Library, tmp_path: Path, processes: multiprocessing.context.ForkServerContext
 ) -> None:
     with library.writing():
-        library.write_nullspace("code", {"v": torch.randn(2000)}, 1, 0.5, 0.5)
+        library.write_protection("code", {"v": torch.randn(1000, 2)}, 0.5, 0.5, [])
         record = library.write_file("router/router.safetensors", b"old")
         library.set_router(RouterEntry(files={"router/router.safetensors": record}, domains=["chat", "code"]))
     shutil.copytree(library.path, tmp_path / "whole")

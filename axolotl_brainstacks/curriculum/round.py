@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 import shutil
@@ -18,15 +19,14 @@ from axolotl.utils.trainer import setup_trainer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.calibration import Calibration, fit_null_space, merge_columns
 from axolotl_brainstacks.curriculum.build import TRAINED
 from axolotl_brainstacks.curriculum.engine import describe, release
 from axolotl_brainstacks.curriculum.guard import Guard, last_complete_checkpoint
 from axolotl_brainstacks.curriculum.metrics import name_metrics
+from axolotl_brainstacks.curriculum.protection import Columns, keep_out_of_others, largest_leakage
 from axolotl_brainstacks.curriculum.stages import DomainStage
 from axolotl_brainstacks.distributed import on_each_node, on_main
 from axolotl_brainstacks.library import RoundRecord
-from axolotl_brainstacks.nullspace import leakage
 from axolotl_brainstacks.storage import full_disk_named
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Round(TrainerCallback):
         self.runner, self.stage, self.number = runner, stage, number
         self.model, self.tuner = runner.model, runner.tuner
         self.loss_before = math.nan
+        self.columns: Columns = {}
         self.checkpoint: Path | None = None
 
     def train(self) -> RoundRecord:
@@ -77,7 +78,9 @@ class Round(TrainerCallback):
     def _config(self) -> DictDefault:
         cfg = copy.deepcopy(self.stage.cfg)
         cfg.output_dir = str(self.runner.output_dir / "stages" / f"{self.stage.name}-{self.number}")
-        cfg.seed = cfg.seed + self.number - 1
+        # From name and round alone: the same domain starts alike in any library, and no two stacks start alike.
+        digest = hashlib.sha256(f"{cfg.seed}.{self.stage.name}.{self.number}".encode()).digest()
+        cfg.seed = int.from_bytes(digest[:4], "little")
         # The Trainer removes the checkpoint before the last one while the last one is not complete yet.
         cfg.save_total_limit = max(cfg.save_total_limit, 2)
         return cfg
@@ -104,7 +107,8 @@ class Round(TrainerCallback):
         LOG.info("Stage %s, round %d: %s", self.stage.name, self.number, describe(self.trainer))
         self._check_batches(len(kwargs["train_dataloader"]), len(self.trainer.get_eval_dataloader()))
         self.runner.start_domain(self.stage)
-        self._set_null_space(args)
+        rules = self.runner.plan.block.settings_of(self.stage.name).null_space
+        self.columns = keep_out_of_others(self.runner, self.stage.name, rules, args.per_device_eval_batch_size)
         rounds = on_main(lambda: self.runner.library.manifest.domain(self.stage.name).rounds)
         if rounds:
             self.loss_before = rounds[-1].loss_after
@@ -126,49 +130,11 @@ class Round(TrainerCallback):
                     "validation `eval_sample_packing`) to false"
                 )
 
-    def _set_null_space(self, args: TrainingArguments) -> None:
-        """Fit the domain's share of the null space before its first round; later rounds, and resumed ones, read it."""
-        rules, library = self.runner.plan.block.null_space, getattr(self.runner, "library", None)
-        isolated = self.runner.plan.block.context == "isolated"
-        others = [stack.name for stack in self.tuner.stacks if stack.domain != self.stage.name]
-        earlier = [
-            Calibration(domain.rows, domain.context if isolated else others)
-            for domain in self.runner.earlier_domains(self.stage.name)
-        ]
-        earlier = [calibration for calibration in earlier if calibration.stacks]
-        if not rules.directions or not earlier:
-            self.tuner.set_null_space(TRAINED, {})
-            return
-        columns = self.runner.null_space_columns()
-        if on_main(lambda: library is not None and library.manifest.domain(self.stage.name).nullspace is None):
-            share = -(-rules.samples // len(earlier))
-            calibrations = [Calibration(calibration.rows[:share], calibration.stacks) for calibration in earlier]
-            fit = fit_null_space(
-                self.model, self.tuner, calibrations, columns, rules.directions, args.per_device_eval_batch_size
-            )
-            LOG.info(
-                "Null space for %s: %.1f %% of earlier domains' output energy is protected; %.0f %% of the space is left "
-                "in the tightest projection, %s", self.stage.name, 100 * fit.energy, 100 * fit.capacity_left, fit.tightest
-            )  # fmt: skip
-            if fit.capacity_left < rules.min_capacity:
-                LOG.warning(
-                    "Only %.0f %% of %s is left for new domains; consider fewer `brainstacks.null_space.directions`",
-                    100 * fit.capacity_left, fit.tightest,
-                )  # fmt: skip
-            most = max(part.shape[1] for part in fit.columns.values())
-            on_main(
-                lambda: self.runner.library.write_nullspace(
-                    self.stage.name, fit.columns, most, fit.energy, fit.capacity_left
-                )
-            )
-            columns = merge_columns([columns, fit.columns])
-        self.tuner.set_null_space(TRAINED, columns)
-
     def _judge(self, trainer: Trainer, cfg: DictDefault, guard: Guard) -> RoundRecord:
         """Freeze the stack and measure it as the library will hold it; keep it if the loss fell."""
         runner, name = self.runner, self.stage.name
         tensors = self.tuner.export_stack(TRAINED)
-        metrics = {"null_space_leakage": self._leakage(tensors), "best_eval_loss": guard.best_loss}
+        metrics = {"null_space_leakage": largest_leakage(self.columns, tensors), "best_eval_loss": guard.best_loss}
         if cfg.rl:
             # Preference losses compare with the model before this stack, so they are the trainer's to measure: ln 2 then.
             self.loss_before, loss_after = math.log(2), trainer.evaluate()["eval_loss"]
@@ -201,15 +167,6 @@ class Round(TrainerCallback):
         record = runner.record(self.stage, record, tensors)
         assert record.stack == frozen
         return record
-
-    def _leakage(self, tensors: dict[str, Any]) -> float:
-        """Largest share of any projection's B that lies in the protected directions; about 1e-7 after folding in fp32."""
-        columns = self.runner.null_space_columns()
-        return max(
-            (leakage(tensors[f"base_model.model.{module}.brainstacks_B.weight"], basis)
-             for module, basis in columns.items() if f"base_model.model.{module}.brainstacks_B.weight" in tensors),
-            default=0.0,
-        )  # fmt: skip
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_brainstacks.adapter.model import library_config
-from axolotl_brainstacks.calibration import merge_columns
 from axolotl_brainstacks.curriculum.build import TRAINED, relative_library, tuner
 from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.curriculum.forgetting import Measured, forgetting_row
@@ -94,7 +93,7 @@ class CurriculumRunner:
         LOG.info("Domain %s is done: %s", stage.name, summary(entry))
 
     def _close(self, name: str) -> DomainEntry:
-        entry = self.library.update_domain(name, done=True)
+        entry = self.library.finish_domain(name)
         write_report(self.library)
         return entry
 
@@ -149,15 +148,6 @@ class CurriculumRunner:
 
         return on_main(read)
 
-    def null_space_columns(self) -> dict[str, Any]:
-        """The union of all columns that the library holds."""
-
-        def read() -> dict[str, Any]:
-            fitted = [entry.name for entry in self.library.manifest.domains if entry.nullspace]
-            return merge_columns([self.library.nullspace(name) for name in fitted])
-
-        return on_main(read)
-
     def start_domain(self, stage: DomainStage) -> None:
         """Measure the base and list the domain, once; everything later rounds measure on is stored with it."""
         if on_main(lambda: self._entry(stage.name)) is not None:
@@ -167,7 +157,7 @@ class CurriculumRunner:
         with self.tuner.using_stacks([]), self.model.disable_adapter():
             base_loss = self.loss(stage.rows)
         entry = DomainEntry(
-            name=stage.name, base_loss=base_loss, context=[], rounds=[], nullspace=None, done=False,
+            name=stage.name, base_loss=base_loss, context=[], rounds=[], done=False,
             soft=stage.name in self.plan.block.router.soft_domains,
         )  # fmt: skip
         on_main(lambda: self.library.add_domain(entry, pack_rows(stage.rows)))

@@ -47,7 +47,7 @@ class Records:
 
     def __init__(self, library: Library, source: str, domains: Sequence[str]) -> None:
         self.library, self.file, self.domains = library, f"{FOLDER}/{source}.jsonl", list(domains)
-        self.stacks = {d: [s.name for s in library.manifest.stacks if s.domain == d] for d in domains}
+        self.stacks = {d: [s.name for s in library.manifest.active_stacks if s.domain == d] for d in domains}
         self.rows: dict[str, dict[str, Any]] = {}
 
     def read(self) -> dict[str, dict[DomainSet, float]]:

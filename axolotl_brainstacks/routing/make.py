@@ -36,7 +36,7 @@ EVALUATION = "router/evaluation.json"
 
 def origin(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str:
     """A digest of all that a router follows from: the stacks, the prompts, the settings."""
-    stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.stacks]
+    stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.active_stacks]
     prompts = [[row_key(sample.row), sample.source, *sample.labels] for sample in samples]
     content = json.dumps([stacks, prompts, args.model_dump(mode="json")])
     return hashlib.sha256(content.encode()).hexdigest()
