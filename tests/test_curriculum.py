@@ -205,5 +205,6 @@ def test_isolated_domains_do_not_see_each_other(tiny_llama_dir: Path, tmp_path: 
     manifest = Library.open(tmp_path / "out" / "library").manifest
     for entry in manifest.domains:
         assert entry.context == [stack.name for stack in manifest.stacks if stack.domain == entry.name]
+        assert entry.constraint is None and entry.protection is None, "independent: kept out of nothing by default"
         first = next(record for record in entry.rounds if record.round == 1)
         assert first.loss_before == entry.base_loss

@@ -290,6 +290,35 @@ def test_bad_manifests_are_refused(library: Library, change: Callable[[dict], ob
     assert str(library.path / "manifest.json") in str(caught.value)
 
 
+def test_a_library_of_schema_1_is_read_and_written_as_2(library: Library) -> None:
+    """Its null space stays where it is and is whole, but protects nobody: the columns were keyed by who trained."""
+    with library.writing():
+        entry = library.write_protection("code", {"q": torch.randn(4, 2)}, 0.5, 0.5, [])
+
+    def as_schema_1(data: dict) -> None:
+        data["schema_version"] = 1
+        for domain in data["domains"]:
+            protection = domain.pop("protection")
+            if protection:
+                del protection["beyond"]
+                domain["nullspace"] = protection
+            for key in ("constraint", "replaced", "before", "validation_file"):
+                del domain[key]
+
+    edited(library, as_schema_1)
+    old = Library.open(library.path)
+    code = old.manifest.domain("code")
+    assert code.nullspace == entry and code.protection is None and old.verify() == []
+    with pytest.raises(ValueError, match=r"'code' .* no protection yet"):
+        old.protection("code")
+    path = library.path / "manifest.json"
+    with old.writing():
+        assert json.loads(path.read_text())["schema_version"] == 1
+        old.update_domain("chat", done=True)
+    assert json.loads(path.read_text())["schema_version"] == 2
+    assert old.verify() == [] and (library.path / entry.file).is_file()
+
+
 def test_no_library_and_malformed_json(library: Library, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is not a library"):
         Library.open(tmp_path)
