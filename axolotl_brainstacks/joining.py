@@ -76,5 +76,7 @@ def _check_names(library: Library, names: Mapping[str, str]) -> None:
                 f"--as {new}={old}: `{new}` cannot be a domain's name; use lower-case letters, digits and _, a letter first"
             )
         if new in taken:
-            raise ValueError(f"{library.path} has a domain `{new}` already: join it under another name, --as NEW={old}")
+            raise ValueError(
+                f"{library.path} would have two domains `{new}`: join {old} under another name, --as NEW={old}"
+            )
         taken.append(new)

@@ -200,7 +200,9 @@ def test_stacks_kept_in_bf16_are_measured_loaded_and_added_to_as_such(tiny_llama
 
 
 def test_isolated_domains_do_not_see_each_other(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    config = curriculum_config(tiny_llama_dir, tmp_path, ["chat", "code"], context="isolated")
+    config = curriculum_config(
+        tiny_llama_dir, tmp_path, ["chat", "code"], context="isolated", null_space={"samples": 16}
+    )
     train(config, tmp_path)
     manifest = Library.open(tmp_path / "out" / "library").manifest
     for entry in manifest.domains:

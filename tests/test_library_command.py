@@ -134,7 +134,7 @@ def test_cli_join(library: Library, tmp_path: Path) -> None:
     result = run(library, "join", str(other.path), "--as", "talk")
     assert result.exit_code == 1 and "'talk'" in result.output and "NEW=OLD" in result.output
     result = run(library, "join", str(other.path))
-    assert result.exit_code == 1 and "a domain `chat` already" in result.output
+    assert result.exit_code == 1 and "two domains `chat`" in result.output
     result = run(library, "join", str(other.path), "--as", "talk=chat")
     assert result.output.startswith(f"Joined talk, law from {other.path}: 2 stacks (s003_talk, s004_law)")
     result = run(library, "join", str(other.path), "--domain", "law", "--as", "contracts=law")
