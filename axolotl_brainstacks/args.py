@@ -32,12 +32,15 @@ class BoostingArgs(_Strict):
 
 
 class NullSpaceArgs(_Strict):
-    """How far a domain is kept out of the directions of earlier ones."""
+    """How far a domain is kept out of the directions of others."""
 
     directions: int = Field(
-        default=64, ge=0, description="Most columns a domain adds per projection; 0 turns projection off."
+        default=64,
+        ge=0,
+        description="Most columns that protect a domain, per projection; 0 turns projection off. Default with `context: "
+        "isolated`: 0.",
     )
-    samples: int = Field(default=400, ge=1, description="Validation rows of earlier domains to fit on, in all.")
+    samples: int = Field(default=400, ge=1, description="Validation rows of a domain to fit its columns on.")
     min_capacity: float = Field(
         default=0.25, ge=0, le=1, description="Warn when a smaller share of a projection's output space is left."
     )
@@ -277,6 +280,12 @@ class BrainstacksBlock(_Strict):
                 )
             if names.count(name) > 1:
                 raise ValueError(f"brainstacks.domains: `{name}` is there twice; give each domain a name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _isolated_domains_are_independent(self) -> BrainstacksBlock:
+        if self.context == "isolated" and "directions" not in self.null_space.model_fields_set:
+            self.null_space = self.null_space.model_copy(update={"directions": 0})
         return self
 
     @field_validator("library")

@@ -1,8 +1,8 @@
-"""Measures the directions that earlier domains use, on their own validation rows, one pass for all projections."""
+"""Measures the directions that a domain uses, on its own validation rows, one pass for all projections."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,84 +13,64 @@ from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.model import BrainstacksModel
 from axolotl_brainstacks.distributed import sum_over_ranks
 from axolotl_brainstacks.evaluation import Row, my_batches
-from axolotl_brainstacks.nullspace import RankGram, fit_directions
+from axolotl_brainstacks.nullspace import RankGram, fit_directions, rest_energy
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rows, and the stacks that are on while they run."""
+    """A domain's stacks, and rows to run them on; an imported domain has none."""
 
     rows: list[Row]
     stacks: list[str]
 
 
 @dataclass(frozen=True)
-class NullSpace:
-    """Outcome of a fit: per projection the columns to add, (out, d); and what they mean.
+class Moments:
+    """What the stacks `stacks` add to their projections' outputs, up to a rotation of the tokens.
 
-    energy: share of the earlier domains' delta energy that old and new columns hold together, over all projections.
-    capacity_left: smallest share of a projection's output space that is still free.
+    grams: (R, R) by module name, on the CPU: the second moment of the rank-space activations, a mean over rows.
     """
 
-    columns: dict[str, Tensor]
-    energy: float
-    capacity_left: float
-    tightest: str
+    stacks: list[str]
+    grams: dict[str, Tensor]
 
 
-def fit_null_space(
-    model: PeftModel,
-    tuner: BrainstacksModel,
-    calibrations: Sequence[Calibration],
-    held: dict[str, Tensor],
-    directions: int,
-    batch_size: int,
-) -> NullSpace:
-    """Add up to `directions` columns per projection to those `held`; every sample counts alike, whatever its length.
+@dataclass(frozen=True)
+class Energy:
+    """Energy of a domain's deltas, summed over projections: the part within some columns, and all of it."""
 
-    Of B matrices one projection's at a time are in memory besides the banks.
+    captured: float
+    total: float
 
-    Raises:
-        ValueError: if a projection has no direction left.
+    @property
+    def share(self) -> float:
+        return self.captured / self.total if self.total else 1.0
+
+
+def measure(model: PeftModel, tuner: BrainstacksModel, calibration: Calibration, batch_size: int) -> Moments:
+    """The domain's moments; every row counts alike, whatever its length. Every rank has to call it.
+
+    Without rows every rank of every stack counts alike, so that the leading directions of the deltas are the leading left
+    singular vectors of the B matrices.
     """
-    rows: dict[tuple[str, ...], list[Row]] = {}
-    for calibration in calibrations:
-        rows.setdefault(tuple(calibration.stacks), []).extend(calibration.rows)
-    grams = {stacks: _grams(model, tuner, Calibration(mine, [*stacks]), batch_size) for stacks, mine in rows.items()}
-    columns, captured, total, left = {}, 0.0, 0.0, {}
-    with tuner.using_stacks([]):
-        for layer in tuner.layers():
-            parts = {stacks: found[layer] for stacks, found in grams.items() if layer in found}
-            if not parts:
-                continue
-            basis = held.get(layer.module_name)
-            outputs = torch.cat([_outputs(layer, stacks, gram.device) for stacks, gram in parts.items()])
-            fit = fit_directions(torch.block_diag(*parts.values()), outputs, basis, directions)
-            columns[layer.module_name] = fit.columns.cpu()
-            captured, total = captured + fit.captured, total + fit.total
-            used = fit.columns.shape[1] + (0 if basis is None else basis.shape[1])
-            left[layer.module_name] = 1 - used / layer.out_features
-    tightest = min(left, key=lambda name: left[name])
-    if left[tightest] <= 0:
-        raise ValueError(
-            f"No direction is left for a new domain in {tightest}: earlier domains use its whole output space. Lower "
-            "`brainstacks.null_space.directions` for a library trained from the start, or set it to 0 for this domain"
-        )
-    return NullSpace(columns, captured / total if total else 1.0, left[tightest], tightest)
+    with tuner.using_stacks(calibration.stacks):
+        layers = [layer for layer in tuner.layers() if layer.bank.active]
+        if calibration.rows:
+            return Moments(calibration.stacks, _grams(model, tuner, layers, calibration.rows, batch_size))
+        scales = {layer.module_name: layer.bank.output_scales() for layer in layers}
+        return Moments(calibration.stacks, {name: torch.diag(scale.square()) for name, scale in scales.items()})
 
 
 @torch.no_grad()
 def _grams(
-    model: PeftModel, tuner: BrainstacksModel, calibration: Calibration, batch_size: int
-) -> dict[BrainstacksLayer, Tensor]:
-    """Per projection with stacks on: the second moment of their rank-space activations."""
+    model: PeftModel, tuner: BrainstacksModel, layers: list[BrainstacksLayer], rows: list[Row], batch_size: int
+) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with tuner.using_stacks(calibration.stacks), model.disable_adapter():
-        layers = [layer for layer in tuner.layers() if layer.bank.active]
-        grams = {layer: RankGram() for layer in layers}
-        for start, batch in my_batches(calibration.rows, batch_size, device):
+    grams = {layer: RankGram() for layer in layers}
+    with model.disable_adapter():
+        for start, batch in my_batches(rows, batch_size, device):
             mask = batch.attention_mask.float()
             weights = mask / mask.sum(1, keepdim=True) if start is not None else torch.zeros_like(mask)
             for layer in layers:
@@ -100,22 +80,69 @@ def _grams(
             finally:
                 for layer in layers:
                     layer.bank.observer = None
-        totals = {}
-        for layer in layers:
-            gram = grams[layer].total
-            assert gram is not None
-            totals[layer] = sum_over_ranks(gram)
+    totals = {}
+    for layer in layers:
+        gram = grams[layer].total
+        assert gram is not None
+        totals[layer.module_name] = sum_over_ranks(gram).cpu() / len(rows)
     model.train(was_training)
     return totals
 
 
-def _outputs(layer: BrainstacksLayer, stacks: Sequence[str], device: torch.device) -> Tensor:
-    """The B matrices (ranks, out) of `stacks`, which stay on in this projection."""
-    layer.bank.select(stacks)
-    return layer.bank.output_matrix().to(device, torch.float32)
+def fit_columns(
+    tuner: BrainstacksModel, moments: Moments, held: dict[str, Tensor], directions: int
+) -> dict[str, Tensor]:
+    """The leading directions of the domain's deltas that `held` leaves: up to `directions` columns (out, d) per
+    projection, orthonormal to those of `held`; on the CPU, fp32."""
+    return {
+        layer.module_name: fit_directions(gram, outputs, held.get(layer.module_name), directions).columns.cpu()
+        for layer, gram, outputs in _by_layer(tuner, moments)
+    }
 
 
-def merge_columns(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The union of all domains' columns per projection, oldest first: (out, d)."""
+def energy_within(tuner: BrainstacksModel, moments: Moments, columns: dict[str, Tensor]) -> Energy:
+    """How much of the domain's delta energy lies within orthonormal `columns`; in float64."""
+    captured = total = 0.0
+    for layer, gram, outputs in _by_layer(tuner, moments):
+        gram, outputs = gram.double(), outputs.double()
+        basis = columns.get(layer.module_name)
+        basis = outputs.new_zeros(outputs.shape[1], 0) if basis is None else basis.to(outputs)
+        everything = float(torch.einsum("rs,ro,so->", gram, outputs, outputs))
+        captured, total = captured + everything - float(rest_energy(gram, outputs, basis)), total + everything
+    return Energy(captured, total)
+
+
+def capacity(tuner: BrainstacksModel, columns: dict[str, Tensor]) -> dict[str, float]:
+    """By module name, the share of a projection's output space outside `columns`.
+
+    Raises:
+        ValueError: if nothing is left of a projection's.
+    """
+    left = {
+        layer.module_name: 1 - columns[layer.module_name].shape[1] / layer.out_features
+        for layer in tuner.layers()
+        if layer.module_name in columns
+    }
+    if full := [name for name, share in left.items() if share <= 0]:
+        raise ValueError(
+            f"No direction is left for a new domain in {full[0]}: other domains use its whole output space. Lower "
+            "`brainstacks.null_space.directions` for a library trained from the start, or set it to 0 for this domain"
+        )
+    return left
+
+
+def merge_columns(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The union of several domains' columns per projection, in the order given: (out, d)."""
+    parts = list(parts)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.cat([part[name] for part in parts if name in part], dim=1) for name in names}
+
+
+def _by_layer(tuner: BrainstacksModel, moments: Moments) -> Iterator[tuple[BrainstacksLayer, Tensor, Tensor]]:
+    """Each projection with its Gram matrix (R, R) and the stacks' B matrices (R, out); one copy at a time is in memory."""
+    device = next(tuner.parameters()).device
+    with tuner.using_stacks(moments.stacks):
+        for layer in tuner.layers():
+            if layer.module_name in moments.grams:
+                outputs = layer.bank.output_matrix().to(device, torch.float32)
+                yield layer, moments.grams[layer.module_name].to(device), outputs

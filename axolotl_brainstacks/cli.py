@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from axolotl_brainstacks.library import Library
 
 
+_FIT_AGAIN = " Fit the router again: axolotl brainstacks-router CONFIG"
+
+
 class _OneLineErrors(click.Command):
     """Ends user errors with one line instead of a traceback."""
 
@@ -43,7 +46,8 @@ def library(ctx: click.Context, lib: Path) -> None:
 def list_domains(ctx: click.Context) -> None:
     """Show every domain's state.
 
-    Loss: of the base, then after the last kept round. Capacity: the smallest share of output dimensions left.
+    Loss: of the base, then after the last kept round. Capacity: the smallest share of output dimensions that was left
+    when it was trained.
     """
     from rich.console import Console
     from rich.table import Table
@@ -55,19 +59,16 @@ def list_domains(ctx: click.Context) -> None:
     for heading in ("done", "rounds", "stacks", "loss", "capacity", "MB", "router"):
         table.add_column(heading, justify="right", no_wrap=True)
     for domain in manifest.domains:
-        stacks = [stack for stack in manifest.stacks if stack.domain == domain.name]
-        records = [record for stack in stacks for record in stack.files.values()]
-        if domain.nullspace:
-            records.append(domain.nullspace.record)
+        constraint = domain.constraint or domain.nullspace
         routed = manifest.router is not None and domain.name in manifest.router.domains
         table.add_row(
             domain.name,
-            "yes" if domain.done else "no",
+            "yes" if domain.done else "replacing" if domain.before else "no",
             str(len(domain.rounds)),
-            str(len(stacks)),
+            str(len(manifest.stacks_of(domain.name))),
             "imported" if math.isnan(domain.base_loss) else f"{domain.base_loss:.3f} -> {domain.last_loss:.3f}",
-            f"{domain.nullspace.capacity_left:.0%}" if domain.nullspace else "-",
-            f"{sum(record.bytes for record in records) / 1e6:.1f}",
+            f"{constraint.capacity_left:.0%}" if constraint else "-",
+            f"{manifest.bytes_of(domain.name) / 1e6:.1f}",
             ("stale" if manifest.router and manifest.router.stale else "fitted") if routed else "none",
         )
     Console().print(table)
@@ -93,16 +94,97 @@ def verify(ctx: click.Context) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_context
 def remove(ctx: click.Context, domain: str, yes: bool) -> None:
-    """Remove DOMAIN with its stacks and its null space."""
+    """Remove DOMAIN with its stacks; says first what else changes."""
     with _open(ctx).writing() as opened:
-        stacks = [stack.name for stack in opened.manifest.stacks if stack.domain == domain]
-        if dependents := opened.manifest.dependents(domain):
-            click.echo(f"Trained with these stacks on, their losses will change: {', '.join(dependents)}", err=True)
+        manifest = opened.manifest
+        stacks = [stack.name for stack in manifest.stacks_of(domain)]
+        click.echo(f"To go: {_counted(stacks)}, {manifest.bytes_of(domain):,} bytes in all", err=True)
+        for name in manifest.dependents(domain):
+            entry = manifest.domain(name)
+            gone = [stack for stack in entry.context if stack in stacks]
+            click.echo(
+                f"{name} was trained with {', '.join(gone)} on: its loss with its own stacks, {_loss(entry.last_loss)} "
+                "until now, will be another",
+                err=True,
+            )
+        if refitted := [name for name in manifest.outdated_protections(domain) if name != domain]:
+            click.echo(f"The next training fits again what protects {', '.join(refitted)}", err=True)
+        if manifest.router:
+            click.echo("The router will be stale", err=True)
         if not yes:
             click.confirm(f"Remove {domain} and its stacks ({', '.join(stacks) or 'none'}) from {ctx.obj}?", abort=True)
         opened.remove_domain(domain)
         stale = opened.manifest.router is not None
-    click.echo(f"Removed {domain}." + (" Fit the router again: axolotl brainstacks-router CONFIG" if stale else ""))
+    click.echo(f"Removed {domain}." + (_FIT_AGAIN if stale else ""))
+
+
+def _counted(stacks: list[str]) -> str:
+    names = f" ({', '.join(stacks)})" if stacks else ""
+    return f"{len(stacks)} stack{'' if len(stacks) == 1 else 's'}{names}"
+
+
+def _loss(loss: float) -> str:
+    return "never measured" if math.isnan(loss) else f"{loss:.4f}"
+
+
+@library.command()
+@click.argument("domain")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--undo", is_flag=True, help="Put the domain back as it was, without the stacks trained since.")
+@click.pass_context
+def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
+    """Have the next `axolotl train` train DOMAIN again, in its place.
+
+    Its old stacks go on answering until the new ones are complete.
+    """
+    from axolotl_brainstacks import replacement
+
+    with _open(ctx).writing() as opened:
+        manifest = opened.manifest
+        new = [stack.name for stack in manifest.stacks_of(domain) if stack.name not in manifest.domain(domain).replaced]
+        if undo:
+            if manifest.domain(domain).before and new and not yes:
+                click.confirm(f"Drop the new {_counted(new)} of {domain}?", abort=True)
+            opened.undo_replacement(domain)
+            click.echo(f"{domain} is as it was.")
+            return
+        replacement.check(manifest, domain)
+        if dependents := manifest.dependents(domain):
+            click.echo(f"Trained on top of its stacks ({', '.join(new)}): {', '.join(dependents)}", err=True)
+            click.echo("With the new stacks in their place, the losses of these will be others", err=True)
+        if not yes:
+            click.confirm(f"Train {domain} again ({_counted(new)} to be replaced)?", abort=True)
+        opened.replace_domain(domain)
+    click.echo(f"{domain} is to be trained again: axolotl train CONFIG. Until then its old stacks answer.")
+
+
+@library.command()
+@click.argument("other", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--domain", "only", multiple=True, metavar="NAME", help="Join this domain alone; may be repeated.")
+@click.option("--as", "renamed", multiple=True, metavar="NEW=OLD", help="Join OLD under another name; may be repeated.")
+@click.pass_context
+def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[str, ...]) -> None:
+    """Take over the finished domains of library OTHER, which was trained on the same base model.
+
+    A domain that was trained with stacks of another one on cannot be joined: see `context: isolated`.
+    """
+    from axolotl_brainstacks.joining import joined_names
+    from axolotl_brainstacks.library import Library
+
+    names = {}
+    for pair in renamed:
+        new, equals, old = pair.partition("=")
+        if not (new and equals and old) or old in names:
+            raise ValueError(f"--as is {pair!r}: give each OLD name once, as NEW=OLD")
+        names[old] = new
+    source = Library.open(other)
+    with _open(ctx).writing() as opened:
+        stacks = opened.join(source, joined := joined_names(opened, source, only, names))
+        stale = opened.manifest.router is not None
+    click.echo(
+        f"Joined {', '.join(joined.values())} from {other}: {_counted([stack.name for stack in stacks])}."
+        + (_FIT_AGAIN if stale else "")
+    )
 
 
 @click.command(

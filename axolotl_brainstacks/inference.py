@@ -186,7 +186,7 @@ def _router(tuner: BrainstacksModel) -> Router:
         if tuner.resident is None:
             raise ValueError("This model has no router: load one with `PeftModel.from_pretrained(base, library)`")
         library = Library.open(tuner.resident.path)
-        if [stack.name for stack in library.manifest.stacks] != [stack.name for stack in tuner.stacks]:
+        if [stack.name for stack in library.manifest.active_stacks] != [stack.name for stack in tuner.stacks]:
             raise ValueError(f"{library.path} has other stacks than when this model was loaded: load it again")
         tuner.router = Router.load(library)
     return tuner.router

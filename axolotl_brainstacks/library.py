@@ -1,29 +1,16 @@
-"""The library on disk: a folder of frozen stacks that is whole at every moment.
-
-Every change is written beside the library's files, synced, moved into place, and takes effect when the new
-`manifest.json` replaces the old one. What the manifest does not list is a leftover of a killed writer; the next one
-removes it.
-"""
+"""The library on disk: its domains and their frozen stacks, added, replaced, joined and removed."""
 
 import json
-import logging
-import os
-import re
-import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from axolotl_brainstacks import replacement
 from axolotl_brainstacks.args import FrozenDtype
+from axolotl_brainstacks.library_folder import CONFIG, STAGE, WEIGHTS, LibraryFolder
+from axolotl_brainstacks.manifest import BaseModelInfo as BaseModelInfo
 from axolotl_brainstacks.manifest import (
-    MANIFEST,
-    STACK_PATTERN,
-    BaseModelInfo,
     DomainEntry,
     FileRecord,
     Manifest,
@@ -33,96 +20,18 @@ from axolotl_brainstacks.manifest import (
     StackEntry,
 )
 from axolotl_brainstacks.storage import (
+    copy_durably,
     json_to_bytes,
     load_tensors,
-    make_writable,
-    problem_of,
     record_of,
     sync_folder,
     tensors_to_bytes,
     write_durably,
 )
 
-LOG = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-STAGE = ".tmp"
-# Folders in which every file is listed in the manifest, and what we call what we put there.
-OWNED = {
-    "stacks": re.compile(STACK_PATTERN),
-    "nullspace": re.compile(r"[a-z][a-z0-9_]{0,31}-[0-9a-f]{12}\.safetensors"),
-    "validation": re.compile(r"[a-z][a-z0-9_]{0,31}\.safetensors"),
-}
-
-
-class Library:
-    """A library folder and its manifest, as last read or written.
-
-    Reading needs no lock. Every method that changes the library asserts that it runs inside `writing()`.
-    """
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-        # One lock object per folder and process: a second Library on the same folder is the same writer.
-        self._lock = FileLock(path / ".lock", timeout=0, is_singleton=True, thread_local=False)
-
-    @staticmethod
-    def exists(path: str | Path) -> bool:
-        return (Path(path) / MANIFEST).is_file()
-
-    @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Read a library. Raises ValueError when it is none, its manifest is damaged, or a newer version wrote it."""
-        folder = Path(path).absolute()
-        return cls(folder, Manifest.read(folder))
-
-    @classmethod
-    def create(cls, path: str | Path, base: BaseModelInfo, frozen_dtype: FrozenDtype = None) -> Self:
-        """Make an empty library. Raises ValueError when the folder is a library already, or `check_new` does."""
-        folder = Path(path).absolute()
-        if not cls.exists(folder):
-            cls.check_new(folder)
-        library = cls(folder, Manifest(base=base, frozen_dtype=frozen_dtype))
-        with library._locked():
-            if cls.exists(folder):
-                raise ValueError(f"{folder} is a library already: open it, or name a new folder in brainstacks.library")
-            library._commit(library.manifest)
-            library._sweep()
-        return library
-
-    @staticmethod
-    def check_new(path: str | Path) -> None:
-        """Make the folder of a library to come, if need be. Raises ValueError when it cannot be made or written, or holds
-        anything else."""
-        folder = Path(path).absolute()
-        try:
-            make_writable(folder)
-        except OSError as error:
-            raise ValueError(
-                f"{folder} cannot be made or written ({error.strerror}): name another folder in brainstacks.library"
-            ) from error
-        if any((folder / "stacks").glob("s*_*")):
-            raise ValueError(
-                f"{folder / MANIFEST} is missing beside stacks: restore it from a copy, or name another folder in "
-                "brainstacks.library"
-            )
-        if any(not child.name.startswith(".") for child in folder.iterdir()):
-            raise ValueError(f"{folder} is no library and not empty: name a new folder in brainstacks.library")
-
-    # Writing
-
-    @contextmanager
-    def writing(self) -> Iterator[Self]:
-        """Be the one writer of this library; re-entrant within a process. The lock dies with its process.
-
-        On entry the manifest is read again and the leftovers of killed writers are removed. Raises ValueError when
-        another process is writing.
-        """
-        with self._locked():
-            self._sweep()
-            yield self
+class Library(LibraryFolder):
+    """A library's content. Every method that changes it asserts that it runs inside `writing()`."""
 
     def add_domain(self, entry: DomainEntry, validation: bytes | None = None) -> None:
         """List a domain, with the rows (`evaluation.pack_rows`) that its losses are measured on."""
@@ -179,20 +88,32 @@ class Library:
             manifest.domain(domain).context = [*(context or []), entry.name]
         return entry
 
-    def write_nullspace(
-        self, domain: str, tensors: dict[str, Tensor], columns: int, energy: float, capacity_left: float
+    def write_protection(
+        self, domain: str, tensors: dict[str, Tensor], energy: float, capacity_left: float, beyond: list[str]
     ) -> NullSpaceEntry:
-        """Keep the basis that `domain` trains against, in place of an older one. Raises as `add_stack` does."""
+        """Keep the columns that protect `domain`, (out, d) by projection, in place of older ones. Raises as `add_stack`.
+
+        `energy`, `capacity_left` and `beyond` as in `NullSpaceEntry`.
+        """
         data = tensors_to_bytes(tensors, f"the null space of domain {domain!r}")
         # Named by content: the file that the manifest lists now is never overwritten.
         file = f"nullspace/{domain}-{record_of(data).sha256[:12]}.safetensors"
         with self._changing() as manifest:
-            record = self._put(file, data)
             entry = NullSpaceEntry(
-                file=file, record=record, columns=columns, energy=energy, capacity_left=capacity_left
+                file=file,
+                record=self._put(file, data),
+                columns=max((basis.shape[1] for basis in tensors.values()), default=0),
+                energy=energy,
+                capacity_left=capacity_left,
+                beyond=beyond,
             )
-            manifest.domain(domain).nullspace = entry
+            manifest.domain(domain).protection = entry
         return entry
+
+    def unprotect(self, domain: str) -> None:
+        """Drop the columns that protect `domain`, and all that were fitted with a view to them."""
+        with self._changing() as manifest:
+            manifest.unprotect(domain)
 
     def write_file(self, relative: str, data: bytes) -> FileRecord:
         """Write a file of the report or the router, atomically. A router that listed the file is dropped first: a kill
@@ -227,14 +148,92 @@ class Library:
             manifest.root = {file: self._put(file, content) for file, content in data.items()}
 
     def remove_domain(self, name: str) -> list[str]:
-        """Remove a domain with its stacks and null space; the router is stale then. Returns its dependents."""
+        """Remove a domain with its stacks and what protects it; the router is stale then. Returns its dependents."""
         with self._changing() as manifest:
             dependents = manifest.dependents(name)
+            manifest.unprotect(name)
             manifest.domains.remove(manifest.domain(name))
             manifest.stacks = [s for s in manifest.stacks if s.domain != name]
             if manifest.router:
                 manifest.router.stale = True
         return dependents
+
+    def replace_domain(self, name: str) -> list[str]:
+        """Have a finished domain trained again; its old stacks answer until then. Returns its dependents."""
+        with self._changing() as manifest:
+            dependents = manifest.dependents(name)
+            replacement.begin(manifest, name)
+        return dependents
+
+    def renew_validation(self, name: str, base_loss: float, rows: bytes, eval_rows: int) -> None:
+        """Give a domain that is being replaced other validation rows, before its first round."""
+        file = f"validation/{name}-{record_of(rows).sha256[:12]}.safetensors"
+        with self._changing() as manifest:
+            entry = manifest.domain(name)
+            assert entry.before is not None and not entry.rounds, "rounds were measured on the rows there are"
+            entry.validation, entry.validation_file = self._put(file, rows), file
+            entry.base_loss, entry.eval_rows = base_loss, eval_rows
+
+    def undo_replacement(self, name: str) -> None:
+        """Put a domain that is being replaced back as it was; stacks that were trained since are dropped."""
+        with self._changing() as manifest:
+            replacement.undo(manifest, name)
+
+    def finish_domain(self, name: str) -> DomainEntry:
+        """Close a domain after its last round; of one that was replaced, the old stacks give way to the new ones."""
+        with self._changing() as manifest:
+            replacement.finish(manifest, name)
+        return self.manifest.domain(name)
+
+    def join(self, other: Self, domains: dict[str, str]) -> list[StackEntry]:
+        """Take over domains of another library on the same base, files byte for byte; the router is stale then.
+
+        Args:
+            domains: the name here, by the name in `other`; as `joining.joined_names` has checked them.
+
+        Raises:
+            ValueError: naming a file of `other` that is missing or damaged; then nothing has changed.
+        """
+        theirs, joined = other.manifest, []
+        with self._changing() as manifest:
+            manifest.frozen_dtype = theirs.frozen_dtype
+            names: dict[str, str] = {}
+            for old, new in domains.items():
+                source = theirs.domain(old)
+                for stack in theirs.stacks_of(old):
+                    name = names[stack.name] = manifest.next_stack_name(new)
+                    manifest.next_stack += 1
+                    for file, record in stack.files.items():
+                        copy_durably(other.stack_path(stack.name) / file, self.path / STAGE / name / file, record)
+                    sync_folder(self.path / STAGE / name)
+                    joined.append(stack.model_copy(update={"name": name, "domain": new}))
+                entry = DomainEntry(
+                    name=new,
+                    base_loss=source.base_loss,
+                    validation=source.validation,
+                    eval_rows=source.eval_rows,
+                    context=[names[stack] for stack in source.context],
+                    rounds=[r.model_copy(update={"stack": r.stack and names[r.stack]}) for r in source.rounds],
+                    done=True,
+                    soft=source.soft,
+                )
+                if source.validation:
+                    staged = self.path / STAGE / entry.validation_path
+                    copy_durably(other.path / source.validation_path, staged, source.validation)
+                self._append_domain(manifest, entry)
+            # Were these numbers still free when the stacks are there, a kill between the two would leave what looks like
+            # the newest stacks of a library whose manifest is old.
+            self._commit(Manifest.read(self.path).model_copy(update={"next_stack": manifest.next_stack}))
+            for stack in joined:
+                self._publish(self.path / STAGE / stack.name, f"stacks/{stack.name}")
+            for entry in manifest.domains:
+                staged = self.path / STAGE / entry.validation_path
+                if staged.exists():
+                    self._publish(staged, entry.validation_path)
+            manifest.stacks += joined
+            if manifest.router:
+                manifest.router.stale = True
+        return joined
 
     # Reading
 
@@ -252,78 +251,24 @@ class Library:
         record = self.manifest.stack(name).files[WEIGHTS]
         return load_tensors(self._checked(f"stacks/{name}/{WEIGHTS}", record, verify))
 
-    def nullspace(self, domain: str) -> dict[str, Tensor]:
-        """The basis that a domain was trained against. Raises ValueError when it has none, or its file is damaged."""
-        entry = self.manifest.domain(domain).nullspace
+    def protection(self, domain: str) -> dict[str, Tensor]:
+        """The columns (out, d) that protect a domain, by projection. Raises ValueError when it has none, or its file is
+        damaged."""
+        entry = self.manifest.domain(domain).protection
         if entry is None:
-            raise ValueError(f"domain {domain!r} of {self.path} was trained without a null space")
+            raise ValueError(f"domain {domain!r} of {self.path} has no protection yet: the next training fits it")
         return load_tensors(self._checked(entry.file, entry.record))
 
     def validation(self, domain: str) -> bytes:
         """The validation rows of a domain, for `evaluation.unpack_rows`. Raises ValueError when it has none or they are
         damaged."""
-        record = self.manifest.domain(domain).validation
-        if record is None:
-            raise ValueError(f"domain {domain!r} of {self.path} has no validation rows")
-        return self._checked(f"validation/{domain}.safetensors", record).read_bytes()
+        return self.validation_of(self.manifest.domain(domain))
 
-    def verify(self) -> list[str]:
-        """What is wrong with the library's files, one line each; empty when every file is whole and none looks like
-        ours without being listed."""
-        unknown = [
-            f"{path} is unknown to {MANIFEST}: move it out of the library"
-            for folder in OWNED
-            for path in sorted((self.path / folder).rglob("*"))
-            if path.name == CONFIG or path.suffix == ".safetensors"
-            if path.relative_to(self.path).as_posix() not in self.manifest.files
-        ]
-        router = [
-            f"{problem}: fit the router again with `axolotl brainstacks-router CONFIG`"
-            for problem in self._problems(self.manifest.router_files)
-        ]
-        return self.damage() + router + unknown + self._problems(self.manifest.root)
-
-    def damage(self) -> list[str]:
-        """The part of `verify` that a training run must not meet: the root's files it writes anew, the router it does not
-        read, others it leaves alone."""
-        files, router = self.manifest.files, self.manifest.router_files
-        return self._problems({file: record for file, record in files.items() if file not in router})
-
-    def _problems(self, files: dict[str, FileRecord]) -> list[str]:
-        return [problem for file, record in files.items() if (problem := problem_of(self.path / file, record))]
-
-    # The machinery of a change
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        owner = self.path / ".lock.owner"
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"{self.path} is being written by another process ({_owner(owner)}): wait until it has ended, "
-                "or stop it, then run the same command again"
-            ) from None
-        try:
-            # Only a courtesy to whoever is refused: a full disk must not stop a writer that came to free space.
-            with suppress(OSError):
-                owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            yield
-        finally:
-            self._lock.release()
-
-    @contextmanager
-    def _changing(self) -> Iterator[Manifest]:
-        """The manifest as it is on disk, to be changed; it is committed at the end, or nothing of it stays."""
-        assert self._lock.is_locked, "the library is changed outside `with library.writing()`"
-        before = Manifest.read(self.path)
-        manifest = before.model_copy(deep=True)
-        try:
-            yield manifest
-            if manifest != before:
-                self._commit(Manifest.model_validate(manifest.model_dump()))
-        finally:
-            self._sweep()
+    def validation_of(self, entry: DomainEntry) -> bytes:
+        """`validation`, also of the old entry of a domain that is being replaced."""
+        if entry.validation is None:
+            raise ValueError(f"domain {entry.name!r} of {self.path} has no validation rows")
+        return self._checked(entry.validation_path, entry.validation).read_bytes()
 
     def _append_domain(self, manifest: Manifest, entry: DomainEntry) -> None:
         if entry.name in (domain.name for domain in manifest.domains):
@@ -344,50 +289,6 @@ class Library:
         manifest.next_stack += 1
         return entry
 
-    def _commit(self, manifest: Manifest) -> None:
-        self._put(MANIFEST, json_to_bytes(json.loads(manifest.model_dump_json())))
-
-    def _put(self, relative: str, data: bytes) -> FileRecord:
-        staged = self.path / STAGE / PurePosixPath(relative).name
-        record = write_durably(staged, data)
-        self._publish(staged, relative)
-        return record
-
-    def _publish(self, staged: Path, relative: str) -> None:
-        target = self.path / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged.replace(target)
-        for folder in PurePosixPath(relative).parents:
-            sync_folder(self.path / folder)
-
-    def _sweep(self) -> None:
-        """Read the manifest again and remove what a killed writer left: ours by its name, and not listed."""
-        self.manifest = Manifest.read(self.path)
-        listed = {PurePosixPath(file).parts[:2] for file in self.manifest.files}
-        found = (p for folder, name in OWNED.items() for p in (self.path / folder).glob("*") if name.fullmatch(p.name))
-        unlisted = [p for p in found if (p.parent.name, p.name) not in listed]
-        numbers = {p: int(p.name[1:].partition("_")[0]) for p in unlisted if p.parent.name == "stacks"}
-        if newer := [p for p, number in numbers.items() if number > self.manifest.next_stack]:
-            raise ValueError(
-                f"{self.path / MANIFEST} is older than {min(newer)}: put the newest {MANIFEST} back, or move the stacks that "
-                "it does not know out of the library"
-            )
-        for path in numbers:
-            LOG.warning("%s was left by a killed run: removed", path)
-        for path in [*unlisted, self.path / STAGE]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-    def _checked(self, relative: str, record: FileRecord, verify: bool = True) -> Path:
-        if problem := problem_of(self.path / relative, record, verify):
-            raise ValueError(
-                f"{problem}: restore the file from a copy of the library, or remove its domain with "
-                f"`axolotl brainstacks-library {self.path} remove DOMAIN` and train it again"
-            )
-        return self.path / relative
-
 
 def _stack_files(domain: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:
     """A PEFT folder's files by name. Raises ValueError for a stack that must not be kept."""
@@ -398,11 +299,3 @@ def _stack_files(domain: str, config: dict[str, Any], tensors: dict[str, Tensor]
                 "and is not saved: raise its learning_rate or max_steps, or lower null_space.directions"
             )
     return {CONFIG: json_to_bytes(config), WEIGHTS: tensors_to_bytes(tensors, f"the stack of domain {domain!r}")}
-
-
-def _owner(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text())
-        return f"pid {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its pid is unknown"

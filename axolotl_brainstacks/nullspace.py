@@ -1,4 +1,4 @@
-"""The null space: the output directions that earlier domains use, and that a new stack must not touch (paper section 1).
+"""The null space: output directions of other domains, which a new stack must not touch (arXiv 2604.01152, null space).
 
 Per projection we keep ``V`` (out, d) with orthonormal columns. A new stack is trained with ``B' = B - V (V^T B)``, so its
 output never has a component along ``V``, and the same B' is folded into the stack when it is frozen.

@@ -46,9 +46,9 @@ token on each domain's validation rows, in nats.</p>
 <tr><td>{{ domain.name }}<td class="n">{{ "%.4f" | format(domain.base_loss) }}<td class="n">{{ round.round }}
 <td class="n">{{ "%.4f" | format(round.loss_before) }}<td class="n">{{ "%.4f" | format(round.loss_after) }}
 <td class="n">{{ round.steps }}<td>{{ round.stop_reason }}<td>{{ "yes" if round.kept else "no" }}
-<td>{% if domain.nullspace %}{{ domain.nullspace.columns }} columns hold
-{{ "%.2f" | format(100 * domain.nullspace.energy) }} % of earlier domains' output energy,
-{{ "%.0f" | format(100 * domain.nullspace.capacity_left) }} % is left{% endif %}</tr>
+<td>{% set held = domain.constraint or domain.nullspace %}{% if held %}{{ held.columns }} columns hold
+{{ "%.2f" | format(100 * held.energy) }} % of other domains' output energy,
+{{ "%.0f" | format(100 * held.capacity_left) }} % is left{% endif %}</tr>
 {% endfor %}{% endfor %}</table>
 {% for title, image in charts %}<h2>{{ title }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}

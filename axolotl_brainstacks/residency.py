@@ -50,7 +50,7 @@ class ResidentStacks:
         self._verified: set[str] = set()
         self._parts: dict[str, list[_Part]] = {}
         last: dict[BrainstacksLayer, StackTensors] = {}
-        for place, entry in enumerate(self.manifest.stacks):
+        for place, entry in enumerate(self.manifest.active_stacks):
             library.stack_config(entry.name)
             config = BrainstacksConfig.from_pretrained(str(library.stack_path(entry.name)))
             pairs = stack_pairs(entry.name, library.stack_tensors(entry.name, verify=False))

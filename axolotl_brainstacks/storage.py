@@ -77,6 +77,17 @@ def write_durably(path: Path, data: bytes) -> FileRecord:
     return record_of(data)
 
 
+def copy_durably(source: Path, target: Path, record: FileRecord) -> None:
+    """Copy and sync a file. Raises ValueError naming `source` unless what was copied is what `record` says, and OSError
+    as `write_durably` does."""
+    if problem := problem_of(source, record, verify=False):
+        raise ValueError(f"{problem}: restore the file from a copy of its library")
+    if write_durably(target, source.read_bytes()) != record:
+        raise ValueError(
+            f"{source} is altered (its SHA-256 differs from the manifest's): restore the file from a copy of its library"
+        )
+
+
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
     """Turns what the libraries that write checkpoints say of a full disk, each in its way, into one clear OSError."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import BaseModelInfo, DomainEntry, RoundRecord
+from axolotl_brainstacks.manifest import BaseModelInfo, ConstraintRecord, DomainEntry, RoundRecord
 
 CONFIG = {"peft_type": "BRAINSTACKS", "r": 4, "target_modules": {"v_proj", "q_proj"}}
 KEY = "base_model.model.layers.0.q_proj.brainstacks_"
@@ -30,9 +30,21 @@ def a_domain(name: str, context: list[str] | None = None) -> DomainEntry:
     return DomainEntry(name=name, base_loss=2.5, context=context or [])
 
 
-def new_library(path: Path, *domains: str) -> Library:
-    base = BaseModelInfo(name="tiny", config_hash="0" * 64, fingerprint=torch.randn(32).tolist())
-    library = Library.create(path, base)
+def a_constraint(protects: list[str], capacity_left: float = 0.75) -> ConstraintRecord:
+    return ConstraintRecord(
+        protects=protects,
+        columns=4,
+        energy=0.5,
+        energies=dict.fromkeys(protects, 0.5),
+        capacity_left=capacity_left,
+        tightest="layers.0.q_proj",
+        capacity={"q_proj": capacity_left},
+    )
+
+
+def new_library(path: Path, *domains: str, base: BaseModelInfo | None = None) -> Library:
+    fingerprint = torch.randn(32).tolist()
+    library = Library.create(path, base or BaseModelInfo(name="tiny", config_hash="0" * 64, fingerprint=fingerprint))
     with library.writing():
         for name in domains:
             library.add_domain(a_domain(name), f"rows of {name}".encode())

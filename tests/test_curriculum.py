@@ -1,6 +1,7 @@
 """A whole curriculum through Axolotl's train command, on a tiny model: what is in the library, and that it is true."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -127,8 +128,8 @@ def test_output_dir_is_a_peft_folder_of_the_library(run: tuple[dict[str, Any], P
 
 def test_stacks_on_disk_stay_out_of_the_null_space(library: Library) -> None:
     fitted: list[dict[str, torch.Tensor]] = []
-    for entry in library.manifest.domains[1:]:
-        fitted.append(library.nullspace(entry.name))
+    for before, entry in pairwise(library.manifest.domains):
+        fitted.append(library.protection(before.name))
         for stack in (stack for stack in library.manifest.stacks if stack.domain == entry.name):
             tensors = library.stack_tensors(stack.name)
             for module, basis in merge_columns(fitted).items():
@@ -167,7 +168,8 @@ def test_one_domain_goes_onto_an_existing_library(
     train(config, tmp_path)
     after = Library.open(path)
     assert after.verify() == []
-    assert after.manifest.domain("legal").done and after.manifest.domain("legal").nullspace is not None
+    legal = after.manifest.domain("legal")
+    assert legal.done and legal.constraint and legal.constraint.protects == ["chat", "code", "math"]
     assert {entry.name: entry.context for entry in after.manifest.domains if entry.name != "legal"} == before
     assert "`legal` is already in the library" in train(config, tmp_path, expect=1)
 
@@ -198,10 +200,13 @@ def test_stacks_kept_in_bf16_are_measured_loaded_and_added_to_as_such(tiny_llama
 
 
 def test_isolated_domains_do_not_see_each_other(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    config = curriculum_config(tiny_llama_dir, tmp_path, ["chat", "code"], context="isolated")
+    config = curriculum_config(
+        tiny_llama_dir, tmp_path, ["chat", "code"], context="isolated", null_space={"samples": 16}
+    )
     train(config, tmp_path)
     manifest = Library.open(tmp_path / "out" / "library").manifest
     for entry in manifest.domains:
         assert entry.context == [stack.name for stack in manifest.stacks if stack.domain == entry.name]
+        assert entry.constraint is None and entry.protection is None, "independent: kept out of nothing by default"
         first = next(record for record in entry.rounds if record.round == 1)
         assert first.loss_before == entry.base_loss

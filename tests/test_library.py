@@ -37,16 +37,17 @@ def test_domains_rounds_and_null_space_are_recorded(library: Library) -> None:
     with library.writing():
         library.record_round("code", a_round(2, kept=False, loss=float("nan")))
         library.update_domain("code", done=True, context=["s001_chat", "s002_code"])
-        library.write_nullspace("code", {"q_proj": torch.randn(16, 2)}, columns=2, energy=0.5, capacity_left=0.9)
-        library.write_nullspace("code", basis, columns=3, energy=0.75, capacity_left=0.8125)
+        library.write_protection("code", {"q_proj": torch.randn(16, 2)}, 0.5, 0.9, ["chat"])
+        library.write_protection("code", basis, 0.75, 0.8125, ["chat"])
     domain = Library.open(library.path).manifest.domain("code")
     assert domain.done and domain.context == ["s001_chat", "s002_code"] and domain.last_loss == 1.5
     assert domain.rounds[1].loss_after != domain.rounds[1].loss_after, "a NaN loss survives the JSON"
-    assert domain.nullspace and (domain.nullspace.columns, domain.nullspace.capacity_left) == (3, 0.8125)
-    assert torch.equal(library.nullspace("code")["q_proj"], basis["q_proj"])
+    assert domain.protection and (domain.protection.columns, domain.protection.capacity_left) == (3, 0.8125)
+    assert domain.protection.energy == 0.75 and domain.protection.beyond == ["chat"]
+    assert torch.equal(library.protection("code")["q_proj"], basis["q_proj"])
     assert len(list((library.path / "nullspace").iterdir())) == 1, "the replaced basis is gone"
-    with pytest.raises(ValueError, match=r"'chat' .* without a null space"):
-        library.nullspace("chat")
+    with pytest.raises(ValueError, match=r"'chat' .* no protection yet"):
+        library.protection("chat")
 
 
 def test_validation_rows_come_and_go_with_their_domain(library: Library) -> None:
@@ -178,7 +179,7 @@ def test_create_refuses_libraries_and_foreign_folders(library: Library, tmp_path
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "nullspace", "validation"])
 def test_damaged_files_are_named(library: Library, damage: Callable[[Path], None], word: str, file: str) -> None:
     with library.writing():
-        entry = library.write_nullspace("code", {"q": torch.randn(4, 2)}, 2, 0.5, 0.5)
+        entry = library.write_protection("code", {"q": torch.randn(4, 2)}, 0.5, 0.5, [])
     others = {"nullspace": entry.file, "validation": "validation/code.safetensors"}
     path = library.path / others.get(file, f"stacks/s002_code/{file}")
     damage(path)
@@ -187,7 +188,7 @@ def test_damaged_files_are_named(library: Library, damage: Callable[[Path], None
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} {word}.*restore"):
         match file:
             case "nullspace":
-                library.nullspace("code")
+                library.protection("code")
             case "validation":
                 library.validation("code")
             case "adapter_config.json":
@@ -267,7 +268,7 @@ def edited(library: Library, change: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=2), r"schema_version 2, and this .* reads 1: .*pip install -U"),
+        (lambda m: m.update(schema_version=3), r"schema_version 3, and this .* reads up to 2: .*pip install -U"),
         (lambda m: m.pop("schema_version"), "not the manifest of a library"),
         (lambda m: m.update(surprise=1), r"damaged at surprise \(Extra inputs"),
         (lambda m: m["stacks"].append(m["stacks"][0]), "stack 's001_chat' is listed twice"),
@@ -287,6 +288,35 @@ def test_bad_manifests_are_refused(library: Library, change: Callable[[dict], ob
     with pytest.raises(ValueError, match=message) as caught:
         Library.open(library.path)
     assert str(library.path / "manifest.json") in str(caught.value)
+
+
+def test_a_library_of_schema_1_is_read_and_written_as_2(library: Library) -> None:
+    """Its null space stays where it is and is whole, but protects nobody: the columns were keyed by who trained."""
+    with library.writing():
+        entry = library.write_protection("code", {"q": torch.randn(4, 2)}, 0.5, 0.5, [])
+
+    def as_schema_1(data: dict) -> None:
+        data["schema_version"] = 1
+        for domain in data["domains"]:
+            protection = domain.pop("protection")
+            if protection:
+                del protection["beyond"]
+                domain["nullspace"] = protection
+            for key in ("constraint", "replaced", "before", "validation_file"):
+                del domain[key]
+
+    edited(library, as_schema_1)
+    old = Library.open(library.path)
+    code = old.manifest.domain("code")
+    assert code.nullspace == entry and code.protection is None and old.verify() == []
+    with pytest.raises(ValueError, match=r"'code' .* no protection yet"):
+        old.protection("code")
+    path = library.path / "manifest.json"
+    with old.writing():
+        assert json.loads(path.read_text())["schema_version"] == 1
+        old.update_domain("chat", done=True)
+    assert json.loads(path.read_text())["schema_version"] == 2
+    assert old.verify() == [] and (library.path / entry.file).is_file()
 
 
 def test_no_library_and_malformed_json(library: Library, tmp_path: Path) -> None:

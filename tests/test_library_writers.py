@@ -72,8 +72,13 @@ def every_change(library: Library) -> Iterator[None]:
     tensors = {KEY + "B.weight": torch.arange(1.0, 4000.0)}
     yield library.add_domain(a_domain("law", ["s001_chat"]), b"rows of law")
     yield library.record_round("law", a_round(1, kept=False))
-    yield library.write_nullspace("code", tensors, 3, 0.5, 0.5) and None
+    yield library.write_protection("code", {"v": tensors[KEY + "B.weight"].reshape(-1, 3)}, 0.5, 0.5, []) and None
     yield library.add_stack("law", 2, CONFIG, tensors, a_round(2)) and None
+    yield library.finish_domain("law") and None
+    yield library.replace_domain("law") and None
+    yield library.renew_validation("law", 3.5, b"other rows")
+    yield library.add_stack("law", 1, CONFIG, tensors, a_round()) and None
+    yield library.finish_domain("law") and None
     record = library.write_file("router/router.safetensors", b"new")
     yield
     yield library.set_router(RouterEntry(files={"router/router.safetensors": record}, domains=["law"]))
@@ -100,7 +105,7 @@ def test_a_kill_before_any_file_operation(
     library: Library, tmp_path: Path, processes: multiprocessing.context.ForkServerContext
 ) -> None:
     with library.writing():
-        library.write_nullspace("code", {"v": torch.randn(2000)}, 1, 0.5, 0.5)
+        library.write_protection("code", {"v": torch.randn(1000, 2)}, 0.5, 0.5, [])
         record = library.write_file("router/router.safetensors", b"old")
         library.set_router(RouterEntry(files={"router/router.safetensors": record}, domains=["chat", "code"]))
     shutil.copytree(library.path, tmp_path / "whole")
@@ -125,6 +130,48 @@ def test_a_kill_before_any_file_operation(
             break
         assert process.exitcode == -signal.SIGKILL
     assert seen == states and moment > 50
+
+
+def join_and_die(path: Path, other: Path, moment: int) -> None:
+    library, moments = Library.open(path), iter(range(moment))
+
+    def count(event: str, args: tuple) -> None:
+        changes = event in ("open", "os.rename", "os.mkdir") and str(path) in str(args[0])
+        if changes and next(moments, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    with library.writing():
+        library.join(Library.open(other), {"law": "law", "math": "sums"})
+
+
+def test_a_kill_leaves_nothing_half_joined(
+    library: Library, tmp_path: Path, processes: multiprocessing.context.ForkServerContext
+) -> None:
+    other = new_library(tmp_path / "other", "law", "math", base=library.manifest.base)
+    with other.writing():
+        other.add_stack("law", 2, CONFIG, some_tensors(), a_round(2), ["s001_law"])
+        for name in ("law", "math"):
+            other.finish_domain(name)
+    seen = []
+    for moment in range(0, 1000):
+        victim = tmp_path / f"killed{moment}"
+        shutil.copytree(library.path, victim)
+        process = processes.Process(target=join_and_die, args=(victim, other.path, moment))
+        process.start()
+        process.join()
+        survivor = Library.open(victim)
+        with survivor.writing():
+            assert survivor.verify() == [] and not (victim / ".tmp").exists()
+        names = [domain.name for domain in survivor.manifest.domains], [s.name for s in survivor.manifest.stacks]
+        if names not in seen:
+            seen.append(names)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    stacks = ["s001_chat", "s002_code"]
+    joined = ["s003_law", "s004_law", "s005_sums"]
+    assert seen == [(["chat", "code"], stacks), (["chat", "code", "law", "sums"], stacks + joined)] and moment > 20
 
 
 def add_for_ever(path: Path, progress: Semaphore) -> None:

@@ -1,5 +1,7 @@
 """The null space, against dense projectors and singular values of explicitly collected deltas, in float64."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from peft import PeftModel
@@ -7,7 +9,15 @@ from torch import Tensor
 from wrapped import TINY, assert_near, freeze, layers_of, revive, tuner_of, wrap
 
 from axolotl_brainstacks.adapter import BrainstacksLayer
-from axolotl_brainstacks.calibration import Calibration, NullSpace, fit_null_space, merge_columns
+from axolotl_brainstacks.calibration import (
+    Calibration,
+    Energy,
+    capacity,
+    energy_within,
+    fit_columns,
+    measure,
+    merge_columns,
+)
 from axolotl_brainstacks.evaluation import Row
 from axolotl_brainstacks.nullspace import RankGram, fit_directions, leakage, project_out
 
@@ -216,28 +226,37 @@ def explicit_deltas(model: PeftModel, stacks: list[str], rows: list[Row]) -> dic
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def fit(
-    model: PeftModel, parts: list[Calibration], held: dict[str, Tensor], directions: int, batch: int = 3
-) -> NullSpace:
-    return fit_null_space(model, tuner_of(model), parts, held, directions, batch)
+@dataclass(frozen=True)
+class Fitted:
+    columns: dict[str, Tensor]
+    energy: Energy
+    left: dict[str, float]
 
 
-def test_fit_null_space_equals_the_svd_of_deltas_collected_through_hooks() -> None:
+def fit(model: PeftModel, part: Calibration, held: dict[str, Tensor], directions: int, batch: int = 3) -> Fitted:
+    """As for a domain that gets its columns: what it uses beyond `held`, and what the union is worth."""
+    tuner = tuner_of(model)
+    moments = measure(model, tuner, part, batch)
+    columns = fit_columns(tuner, moments, held, directions)
+    union = merge_columns([held, columns])
+    return Fitted(columns, energy_within(tuner, moments, union), capacity(tuner, union))
+
+
+@pytest.mark.parametrize("stacks", [["s001_chat", "s002_chat"], ["s001_chat", "s002_chat", "s003_code"]])
+def test_fitted_columns_equal_the_svd_of_deltas_collected_through_hooks(stacks: list[str]) -> None:
     model = wrap(noisy_gate=False)
     freeze(model, ["s001_chat", "s002_chat", "s003_code"])
-    first = Calibration(some_rows([4, 17, 9, 9, 2]), ["s001_chat", "s002_chat"])
-    second = Calibration(some_rows([12, 3]), ["s001_chat", "s002_chat", "s003_code"])
-    third = Calibration(some_rows([5, 11]), ["s001_chat", "s002_chat"])
+    part = Calibration(some_rows([4, 17, 9, 9, 2]), stacks)
     held = {layer.module_name: orthonormal(layer.out_features, 2).float() for layer in layers_of(model)[::2]}
 
     model.train()
-    got = fit(model, [first, second, third], held, directions=4)
+    got = fit(model, part, held, directions=4)
 
-    explicit = [explicit_deltas(model, part.stacks, part.rows) for part in (first, second, third)]
+    explicit = explicit_deltas(model, part.stacks, part.rows)
     captured = total = 0.0
     for layer in layers_of(model):
         name = layer.module_name
-        deltas = torch.cat([part[name] for part in explicit])
+        deltas = explicit[name] / len(part.rows) ** 0.5
         old = held.get(name, torch.empty(layer.out_features, 0))
         _, part_captured, part_total = explicit_fit(deltas, old, 4)
         captured, total = captured + part_captured, total + part_total
@@ -247,13 +266,28 @@ def test_fit_null_space_equals_the_svd_of_deltas_collected_through_hooks() -> No
         union = torch.cat([old.double(), new.double()], dim=1)
         torch.testing.assert_close(union.T @ union, torch.eye(union.shape[1], dtype=torch.float64), rtol=0, atol=1e-5)
         assert float((deltas @ projector(union)).square().sum()) == pytest.approx(part_captured, rel=1e-4)
-    assert got.energy == pytest.approx(captured / total, rel=1e-4)
-    assert 0 < got.energy < 1
-    # k_proj and v_proj of layers 0 and 1 have the fewest outputs, 16.
-    used = {name: 4 + (2 if name in held else 0) for name in got.columns}
-    expected = {layer.module_name: 1 - used[layer.module_name] / layer.out_features for layer in layers_of(model)}
-    assert got.capacity_left == pytest.approx(min(expected.values()))
-    assert expected[got.tightest] == min(expected.values())
+    assert (got.energy.captured, got.energy.total) == pytest.approx((captured, total), rel=1e-4)
+    assert 0 < got.energy.share < 1
+    assert got.left == pytest.approx(
+        {
+            layer.module_name: 1 - (6 if layer.module_name in held else 4) / layer.out_features
+            for layer in layers_of(model)
+        }
+    )
+
+
+def test_without_rows_the_leading_singular_vectors_of_b_are_fitted() -> None:
+    """In the ratio of their stacks' output scales, (alpha / sqrt(r))^2."""
+    model = wrap(num_experts=1, top_k=1, noisy_gate=False)
+    freeze(model, ["s001_sums", "s002_sums"])
+    got = fit(model, Calibration([], ["s001_sums", "s002_sums"]), {}, 3)
+    for layer in layers_of(model):
+        (segment,) = layer.bank._segments()
+        outputs = segment.outputs.flatten(0, 1).double().T * segment.shape.scaling
+        left, values, _ = torch.linalg.svd(outputs, full_matrices=False)
+        assert values[2] > 1.001 * values[3]
+        columns = got.columns[layer.module_name]
+        torch.testing.assert_close(projector(columns), projector(left[:, :3]), rtol=0, atol=1e-4)
 
 
 def test_fitting_leaves_the_model_as_it_was() -> None:
@@ -265,7 +299,7 @@ def test_fitting_leaves_the_model_as_it_was() -> None:
     before = model.eval()(input_ids=ids).logits
     for training in (True, False):
         model.train(training)
-        fit(model, [Calibration(some_rows([5]), ["s001_chat"])], {}, 2)
+        fit(model, Calibration(some_rows([5]), ["s001_chat"]), {}, 2)
         assert model.training is training
         assert all(layer.training is training and layer.bank.observer is None for layer in layers_of(model))
         assert all(not layer.disable_adapters for layer in layers_of(model))
@@ -278,13 +312,13 @@ def test_batches_and_lengths_do_not_matter() -> None:
     freeze(model, ["s001_chat", "s002_chat"])
     short, long = some_rows([3, 3]), some_rows([40])
     stacks = ["s001_chat", "s002_chat"]
-    energies = [fit(model, [Calibration(short + long, stacks)], {}, 3, batch).energy for batch in (1, 2, 3)]
+    energies = [fit(model, Calibration(short + long, stacks), {}, 3, batch).energy.share for batch in (1, 2, 3)]
     assert energies == pytest.approx([energies[0]] * 3, rel=1e-5)
     # Each sample has weight one: what a long row adds to a moment is the mean over its tokens, not their sum.
     name = layers_of(model)[0].module_name
     deltas = {kind: explicit_deltas(model, stacks, rows)[name] for kind, rows in (("s", short), ("l", long))}
     assert [len(part) for part in deltas.values()] == [6, 40]
-    columns = fit(model, [Calibration(short + long, stacks)], {}, 3).columns[name]
+    columns = fit(model, Calibration(short + long, stacks), {}, 3).columns[name]
     weighted, _, _ = explicit_fit(torch.cat([deltas["s"], deltas["l"]]), torch.empty(columns.shape[0], 0), 3)
     unweighted, _, _ = explicit_fit(
         torch.cat([deltas["s"] * 3**0.5, deltas["l"] * 40**0.5]), torch.empty(columns.shape[0], 0), 3
@@ -296,15 +330,15 @@ def test_batches_and_lengths_do_not_matter() -> None:
 def test_a_projection_that_no_stack_covers_gets_no_columns() -> None:
     model = wrap(target_modules=["q_proj", "down_proj"])
     freeze(model, ["s001_chat"])
-    got = fit(model, [Calibration(some_rows([6]), ["s001_chat"])], {}, 2)
+    got = fit(model, Calibration(some_rows([6]), ["s001_chat"]), {}, 2)
     assert {name.rpartition(".")[2] for name in got.columns} == {"q_proj", "down_proj"}
 
 
 def test_all_energy_is_captured_by_enough_directions() -> None:
     model = wrap(r=1, num_experts=3)
     freeze(model, ["s001_chat"])
-    got = fit(model, [Calibration(some_rows([20, 30]), ["s001_chat"])], {}, 100)
-    assert got.energy == pytest.approx(1.0, abs=1e-6)
+    got = fit(model, Calibration(some_rows([20, 30]), ["s001_chat"]), {}, 100)
+    assert got.energy.share == pytest.approx(1.0, abs=1e-6)
     assert {columns.shape[1] for columns in got.columns.values()} == {3}
 
 
@@ -312,7 +346,7 @@ def test_no_direction_left_is_an_error_that_names_the_projection_and_the_key() -
     model = wrap(r=8, num_experts=4)
     freeze(model, ["s001_chat"])
     with pytest.raises(ValueError, match=r"[kv]_proj.*brainstacks\.null_space\.directions"):
-        fit(model, [Calibration(some_rows([30, 30]), ["s001_chat"])], {}, 16)
+        fit(model, Calibration(some_rows([30, 30]), ["s001_chat"]), {}, 16)
 
 
 def test_columns_of_several_domains_are_joined_in_order() -> None:

@@ -240,6 +240,11 @@ class StackBank(nn.Module):
         """The B matrices of all stacks that are on, ranks as rows: (R, out)."""
         return torch.cat(self.matrices()[1::2])
 
+    def output_scales(self) -> Tensor:
+        """The output scale of each rank of `output_matrix`: (R,), fp32."""
+        active = [segment for segment in self._segments() if segment.active]
+        return torch.cat([torch.full(s.weights()[1].shape[:1], s.shape.scaling) for s in active])
+
     def add_deltas(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` (..., out) plus the deltas for `x` (..., in) of the stacks that are on.
 

@@ -136,7 +136,7 @@ class BrainstacksModel(BaseTuner):
         library.manifest.base.check(BaseModelInfo.of(self.model, model_name))
         self.keep_frozen_as(library.manifest.frozen_dtype)
         self.resident = ResidentStacks(self, library)
-        self._stacks = [FrozenStack(entry.name, entry.domain) for entry in library.manifest.stacks]
+        self._stacks = [FrozenStack(entry.name, entry.domain) for entry in library.manifest.active_stacks]
         self._library = path
         self.model.get_decoder().register_forward_pre_hook(self._switch_on_pending)
         self.mode = os.environ.get("BRAINSTACKS_MODE", "auto")
@@ -377,7 +377,7 @@ class BrainstacksModel(BaseTuner):
 
 
 def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -> None:
-    """Attach all stacks of `library`, oldest first.
+    """Attach the stacks of `library` that answer, oldest first.
 
     Raises:
         ValueError: if the library was made for another base model, or one of its files is missing or altered.
@@ -385,7 +385,7 @@ def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -
     from axolotl_brainstacks.library import BaseModelInfo
 
     library.manifest.base.check(BaseModelInfo.of(tuner.model, model_name))
-    for entry in library.manifest.stacks:
+    for entry in library.manifest.active_stacks:
         config = BrainstacksConfig.from_pretrained(str(library.stack_path(entry.name)))
         tuner.attach_stack(entry.name, entry.domain, config, library.stack_tensors(entry.name))
 

@@ -21,17 +21,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.tensors import OUTPUT
-from axolotl_brainstacks.calibration import Calibration, fit_null_space, merge_columns
 from axolotl_brainstacks.curriculum.build import TRAINED
 from axolotl_brainstacks.curriculum.engine import describe, release
 from axolotl_brainstacks.curriculum.guard import Guard, Objective, evaluation_figures, last_complete_checkpoint
 from axolotl_brainstacks.curriculum.metrics import name_metrics
+from axolotl_brainstacks.curriculum.protection import Columns, keep_out_of_others, largest_leakage
 from axolotl_brainstacks.curriculum.rl import prepare_rl
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 from axolotl_brainstacks.distributed import on_each_node, on_main
 from axolotl_brainstacks.library import RoundRecord
-from axolotl_brainstacks.nullspace import leakage
 from axolotl_brainstacks.storage import full_disk_named
 
 if TYPE_CHECKING:
@@ -51,6 +50,7 @@ class Round(TrainerCallback):
         self.number = len(earlier) + 1
         self.model, self.tuner = runner.model, runner.tuner
         self.loss_before = math.nan
+        self.columns: Columns = {}
         self.checkpoint: Path | None = None
 
     def train(self) -> RoundRecord:
@@ -136,7 +136,8 @@ class Round(TrainerCallback):
         LOG.info("Stage %s, round %d: %s", self.stage.name, self.number, describe(self.trainer))
         self._check_batches(len(kwargs["train_dataloader"]), len(self.trainer.get_eval_dataloader()))
         self.runner.start_domain(self.domain)
-        self._set_null_space(args)
+        rules = self.stage.block.null_space
+        self.columns = keep_out_of_others(self.runner, self.stage.name, rules, args.per_device_eval_batch_size)
         if self.earlier:
             self.loss_before = loss_so_far(self.earlier)
         else:
@@ -156,44 +157,6 @@ class Round(TrainerCallback):
                     f"{self.trainer.accelerator.num_processes} processes; give more rows, or set `sample_packing` (for "
                     "validation `eval_sample_packing`) to false"
                 )
-
-    def _set_null_space(self, args: TrainingArguments) -> None:
-        """Fit the domain's share of the null space before its first round; later rounds, and resumed ones, read it."""
-        rules, library = self.stage.block.null_space, getattr(self.runner, "library", None)
-        isolated = self.runner.plan.block.context == "isolated"
-        others = [stack.name for stack in self.tuner.stacks if stack.domain != self.stage.name]
-        earlier = [
-            Calibration(domain.rows, domain.context if isolated else others)
-            for domain in self.runner.earlier_domains(self.stage.name)
-        ]
-        earlier = [calibration for calibration in earlier if calibration.stacks]
-        if not rules.directions or not earlier:
-            self.tuner.set_null_space(TRAINED, {})
-            return
-        columns = self.runner.null_space_columns()
-        if on_main(lambda: library is not None and library.manifest.domain(self.stage.name).nullspace is None):
-            share = -(-rules.samples // len(earlier))
-            calibrations = [Calibration(calibration.rows[:share], calibration.stacks) for calibration in earlier]
-            fit = fit_null_space(
-                self.model, self.tuner, calibrations, columns, rules.directions, args.per_device_eval_batch_size
-            )
-            LOG.info(
-                "Null space for %s: %.1f %% of earlier domains' output energy is protected; %.0f %% of the space is left "
-                "in the tightest projection, %s", self.stage.name, 100 * fit.energy, 100 * fit.capacity_left, fit.tightest
-            )  # fmt: skip
-            if fit.capacity_left < rules.min_capacity:
-                LOG.warning(
-                    "Only %.0f %% of %s is left for new domains; consider fewer `brainstacks.null_space.directions`",
-                    100 * fit.capacity_left, fit.tightest,
-                )  # fmt: skip
-            most = max(part.shape[1] for part in fit.columns.values())
-            on_main(
-                lambda: self.runner.library.write_nullspace(
-                    self.stage.name, fit.columns, most, fit.energy, fit.capacity_left
-                )
-            )
-            columns = merge_columns([columns, fit.columns])
-        self.tuner.set_null_space(TRAINED, columns)
 
     def _judge(self, trainer: Trainer, cfg: DictDefault, guard: Guard) -> RoundRecord:
         """Freeze the stack and measure it as the library will hold it; keep it if it helped."""
@@ -221,7 +184,7 @@ class Round(TrainerCallback):
             record.metrics = {f"{key}_before": value for key, value in guard.start_metrics.items()}
             record.metrics |= {f"{key}_after": value for key, value in figures.items()}
         record.metrics |= {
-            "null_space_leakage": self._leakage(tensors),
+            "null_space_leakage": largest_leakage(self.columns, tensors),
             "best_eval_loss": guard.objective.sign * guard.best_loss,
         }
         frozen = on_main(lambda: runner.library.manifest.next_stack_name(name))
@@ -252,15 +215,6 @@ class Round(TrainerCallback):
     def _drop(self, record: RoundRecord) -> RoundRecord:
         LOG.warning("%s, round %d is dropped: %s", self.stage.name, self.number, record.dropped)
         return self.runner.record(self.domain, record, None)
-
-    def _leakage(self, tensors: dict[str, Any]) -> float:
-        """Largest share of any projection's B that lies in the protected directions; about 1e-7 after folding in fp32."""
-        columns = self.runner.null_space_columns()
-        return max(
-            (leakage(tensors[f"base_model.model.{module}.brainstacks_B.weight"], basis)
-             for module, basis in columns.items() if f"base_model.model.{module}.brainstacks_B.weight" in tensors),
-            default=0.0,
-        )  # fmt: skip
 
 
 def round_seed(seed: int, domain: str, number: int) -> int:

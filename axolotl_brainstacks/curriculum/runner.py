@@ -12,8 +12,8 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from axolotl_brainstacks import replacement
 from axolotl_brainstacks.adapter.model import library_config
-from axolotl_brainstacks.calibration import merge_columns
 from axolotl_brainstacks.curriculum.build import TRAINED, relative_library, tuner
 from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.curriculum.forgetting import Measured, forgetting_row
@@ -93,12 +93,15 @@ class CurriculumRunner:
         """Measure what the domain did to the others and close it; the last round's engine still stands."""
         self.report_forgetting(stage)
         entry = on_main(lambda: self._close(stage.name))
+        kept = on_main(lambda: [stack.name for stack in self.library.manifest.stacks])
+        for name in [name for name in self.stack_names() if name not in kept]:
+            self.tuner.detach_stack(name)  # which another one has replaced
         if not any(record.kept for record in entry.rounds):
             LOG.warning("No round of %s lowered its validation loss, so it has no stack; check its data", stage.name)
         LOG.info("Domain %s is done: %s", stage.name, summary(entry))
 
     def _close(self, name: str) -> DomainEntry:
-        entry = self.library.update_domain(name, done=True)
+        entry = self.library.finish_domain(name)
         write_report(self.library)
         return entry
 
@@ -111,29 +114,19 @@ class CurriculumRunner:
         return [stack.name for stack in self.tuner.stacks]
 
     def context_of(self, domain: str) -> list[str]:
-        """The frozen stacks that are on while `domain` trains."""
+        """The frozen stacks that are on while `domain` trains, one that is attached and not yet recorded among them."""
         isolated = self.plan.block.context == "isolated"
-        return [stack.name for stack in self.tuner.stacks if not isolated or stack.domain == domain]
 
-    def earlier_domains(self, domain: str) -> list[Measured]:
-        """The finished domains before `domain`: their validation rows, and the stacks they were trained with."""
+        def read() -> tuple[list[str], list[str]]:
+            manifest = self.library.manifest
+            return manifest.training_context(domain, isolated), [stack.name for stack in manifest.stacks]
 
-        def read() -> list[Measured]:
-            attached = self.stack_names()
-            finished = [entry for entry in self.library.manifest.domains if entry.done and entry.name != domain]
-            if unmeasured := [entry.name for entry in finished if entry.validation is None]:
-                LOG.info("Not measured, for want of validation rows: %s", ", ".join(unmeasured))
-            return [
-                Measured(
-                    entry.name,
-                    unpack_rows(self.library.validation(entry.name)),
-                    [stack for stack in entry.context if stack in attached],
-                )
-                for entry in finished
-                if entry.validation is not None
-            ]
-
-        return on_main(read)
+        context, recorded = on_main(read)
+        return [
+            stack.name
+            for stack in self.tuner.stacks
+            if stack.name in context or (stack.domain == domain and stack.name not in recorded)
+        ]
 
     def fingerprint(self, stage: Stage) -> str:
         """What a checkpoint has to have in common with this run to be resumed from: SHA-256 of the library below the
@@ -153,28 +146,24 @@ class CurriculumRunner:
 
         return on_main(read)
 
-    def null_space_columns(self) -> dict[str, Any]:
-        """The union of all columns that the library holds."""
-
-        def read() -> dict[str, Any]:
-            fitted = [entry.name for entry in self.library.manifest.domains if entry.nullspace]
-            return merge_columns([self.library.nullspace(name) for name in fitted])
-
-        return on_main(read)
-
     def start_domain(self, stage: DomainStage) -> None:
         """Measure the base and list the domain, once; everything later rounds measure on is stored with it."""
-        if on_main(lambda: self._entry(stage.name)) is not None:
+        entry = on_main(lambda: self._entry(stage.name))
+        if entry is not None and (entry.rounds or entry.before is None):
             # Rows given since would make the losses of its rounds incomparable.
-            stage.rows = on_main(lambda: unpack_rows(self.library.validation(stage.name)))
+            rows = on_main(lambda: unpack_rows(self.library.validation(stage.name)))
+            measured = len(rows) if entry.eval_rows is None else entry.eval_rows
+            stage.rows, stage.spare_rows = rows[:measured], rows[measured:]
             return
         with self.tuner.using_stacks([]), self.model.disable_adapter():
             base_loss = self.loss(stage.rows)
-        entry = DomainEntry(
-            name=stage.name, base_loss=base_loss, context=[], rounds=[], nullspace=None, done=False,
-            soft=stage.name in self.plan.block.router.soft_domains,
-        )  # fmt: skip
-        on_main(lambda: self.library.add_domain(entry, pack_rows(stage.rows)))
+        packed, measured = pack_rows([*stage.rows, *stage.spare_rows]), len(stage.rows)
+        if entry is not None:  # to be replaced, perhaps on other data
+            on_main(lambda: self.library.renew_validation(stage.name, base_loss, packed, measured))
+        else:
+            soft = stage.name in self.plan.block.router.soft_domains
+            fresh = DomainEntry(name=stage.name, base_loss=base_loss, eval_rows=measured, soft=soft)
+            on_main(lambda: self.library.add_domain(fresh, packed))
         LOG.info("%s: validation loss of the base model %.4f", stage.name, base_loss)
 
     def loss(self, rows: list[Row]) -> float:
@@ -227,10 +216,9 @@ class CurriculumRunner:
 
     def report_forgetting(self, stage: DomainStage) -> None:
         """Measure every domain so far, with all stacks on and with the stacks it was trained with."""
-        own = on_main(lambda: self.library.manifest.domain(stage.name).context)
-        measured = [*self.earlier_domains(stage.name), Measured(stage.name, stage.rows, own)]
+        measured, every_stack = on_main(lambda: self._when_finished(stage))
         with self.model.disable_adapter():
-            row = forgetting_row(self.tuner, measured, self.stack_names(), self.loss)
+            row = forgetting_row(self.tuner, measured, every_stack, self.loss)
 
         def write() -> None:
             rows = [r for r in read_records(self.library, FORGETTING) if r["after"] != stage.name]
@@ -245,6 +233,21 @@ class CurriculumRunner:
                 loss,
                 row["all_stacks"][name],
             )
+
+    def _when_finished(self, stage: DomainStage) -> tuple[list[Measured], list[str]]:
+        """The domains with rows to measure on, and all stacks, as they will be once `stage` is finished."""
+        manifest = self.library.manifest.model_copy(deep=True)
+        replacement.finish(manifest, stage.name)
+        every_stack = [stack.name for stack in manifest.active_stacks]
+        finished = [entry for entry in manifest.domains if entry.done]
+        if unmeasured := [entry.name for entry in finished if entry.validation is None]:
+            LOG.info("Not measured, for want of validation rows: %s", ", ".join(unmeasured))
+        measured = []
+        for entry in finished:
+            if entry.validation is not None:
+                rows = unpack_rows(self.library.validation_of(entry))[: entry.eval_rows]
+                measured.append(Measured(entry.name, rows, [name for name in entry.context if name in every_stack]))
+        return measured, every_stack
 
     # The end
 

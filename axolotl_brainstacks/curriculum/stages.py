@@ -59,15 +59,17 @@ class Stage:
 class DomainStage(Stage):
     """One domain, ready to train: its supervised rounds, then its RL rounds.
 
-    rows: validation rows that all losses of the domain are measured on.
+    rows: validation rows that all losses of the domain are measured on. spare_rows: further ones, kept in the library so
+    that there are enough to fit what protects the domain.
     """
 
     rows: list[Row]
+    spare_rows: list[Row]
     rl_rounds: list[Stage] = field(default_factory=list)
 
     @cached_property
     def data(self) -> str:
-        validation = record_of(pack_rows(self.rows)).sha256[:12]
+        validation = record_of(pack_rows([*self.rows, *self.spare_rows])).sha256[:12]
         return ", ".join(
             [f"{_described(self.train_dataset)}, validation {validation}", *(s.data for s in self.rl_rounds)]
         )
@@ -134,11 +136,22 @@ def _configured(
 
 def _load(name: str, supervised: _Configured, rl_rounds: list[_Configured]) -> DomainStage:
     stage = _loaded(name, supervised)
-    rows = answer_rows(stage.eval_dataset, stage.block.eval_rows)
+    measured, wanted = stage.block.eval_rows, stage.block.null_space.samples
+    rows = answer_rows(stage.eval_dataset, max(measured, wanted))
+    if len(rows) < wanted:
+        LOG.info(
+            "Domain %s has %d validation rows; `brainstacks.null_space.samples` asks for %d, so all of them are used",
+            *(name, len(rows), wanted),
+        )
     if not any(label != IGNORED for row in rows for label in row.labels[1:]):
         raise ValueError(f"No validation row of domain `{name}` has an answer token to predict; check its `type:`")
     parts = {entry.name: getattr(stage, entry.name) for entry in fields(Stage)}
-    return DomainStage(**parts, rows=rows, rl_rounds=[_loaded(name, part) for part in rl_rounds])
+    return DomainStage(
+        **parts,
+        rows=rows[:measured],
+        spare_rows=rows[measured:],
+        rl_rounds=[_loaded(name, part) for part in rl_rounds],
+    )
 
 
 def _loaded(name: str, configured: _Configured) -> Stage:

@@ -53,7 +53,9 @@ def run(config: str) -> None:
         _show(library, evaluation, "nothing has changed since it was made")
         return
     model, _, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
-    meter = Meter(model, tuner(model), domains, library.manifest.stacks, cfg.eval_batch_size or cfg.micro_batch_size)
+    meter = Meter(
+        model, tuner(model), domains, library.manifest.active_stacks, cfg.eval_batch_size or cfg.micro_batch_size
+    )
     with ExitStack() as stack:
         stack.enter_context(forwards(model, cfg.deepspeed))
 

@@ -63,7 +63,7 @@ class Records:
 
     def __init__(self, library: Library, source: str, domains: Sequence[str], floors: Mapping[str, float]) -> None:
         self.library, self.file, self.domains = library, f"{FOLDER}/{source}.jsonl", list(domains)
-        self.stacks = {d: [s.name for s in library.manifest.stacks if s.domain == d] for d in domains}
+        self.stacks = {d: [s.name for s in library.manifest.active_stacks if s.domain == d] for d in domains}
         self.floors = {d: floors[d] for d in domains if floors.get(d)}
         self.rows: dict[str, dict[str, Any]] = {}
 

@@ -39,7 +39,7 @@ VERSION = 2
 
 def origin(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str:
     """A digest of all that a router follows from: the stacks, the prompts, the settings."""
-    stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.stacks]
+    stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.active_stacks]
     contexts = [[entry.name, *entry.context] for entry in library.manifest.domains]
     prompts = [[row_key(sample.row), sample.source, *sample.labels] for sample in samples]
     content = json.dumps([VERSION, stacks, contexts, prompts, args.model_dump(mode="json")])

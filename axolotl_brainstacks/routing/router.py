@@ -148,5 +148,5 @@ def spread(weights: Tensor, domains: list[str], stacks: Iterable[Stack]) -> tupl
 
 def routable_domains(manifest: Manifest) -> list[str]:
     """The finished domains that have a stack, in the library's order; a domain whose rounds all failed has none."""
-    with_stacks = {stack.domain for stack in manifest.stacks}
-    return [entry.name for entry in manifest.domains if entry.done and entry.name in with_stacks]
+    with_stacks = {stack.domain for stack in manifest.active_stacks}
+    return [entry.name for entry in manifest.domains if entry.answers and entry.name in with_stacks]

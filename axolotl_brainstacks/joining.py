@@ -1,0 +1,82 @@
+"""Which domains of another library a library can take over, and under which names."""
+
+from collections.abc import Mapping, Sequence
+
+from axolotl_brainstacks.args import DOMAIN_NAME
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.manifest import Manifest
+
+
+def joined_names(
+    library: Library, other: Library, only: Sequence[str] = (), renamed: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The name here of each domain of `other` to be joined, by its name there, in its order there.
+
+    Args:
+        only: the domains to join; all by default.
+        renamed: new names by old ones.
+
+    Raises:
+        ValueError: if the libraries do not fit together, a name is unknown, taken or cannot be one, or a domain is not
+            finished or was trained with stacks of another domain on.
+    """
+    mine, theirs, renamed = library.manifest, other.manifest, renamed or {}
+    if library.path.resolve() == other.path.resolve():
+        raise ValueError(f"{other.path} is the library itself: name another one to join")
+    mine.base.check(theirs.base)
+    if mine.stacks and mine.frozen_dtype != theirs.frozen_dtype:
+        kinds = [
+            f"in {dtype}" if dtype else "in the base model's type" for dtype in (mine.frozen_dtype, theirs.frozen_dtype)
+        ]
+        raise ValueError(
+            f"brainstacks.frozen_dtype differs: {library.path} keeps its stacks {kinds[0]}, {other.path} {kinds[1]}; losses "
+            "measured with one do not hold for the other, so train the domains with the same value"
+        )
+    wanted = [entry.name for entry in theirs.domains if not only or entry.name in only]
+    for name in [*only, *renamed]:
+        theirs.domain(name)
+        if name not in wanted:
+            raise ValueError(
+                f"--as renames {name!r}, which is not among the domains to join: name it with --domain too"
+            )
+    if not wanted:
+        raise ValueError(f"{other.path} has no domain to join: train one into it first")
+    _check_joinable(other, wanted)
+    names = {old: renamed.get(old, old) for old in wanted}
+    _check_names(library, names)
+    return names
+
+
+def _check_joinable(other: Library, wanted: Sequence[str]) -> None:
+    entries = [other.manifest.domain(name) for name in wanted]
+    if unfinished := [entry.name for entry in entries if not entry.done]:
+        raise ValueError(
+            f"{other.path} is still training {', '.join(unfinished)}: finish with `axolotl train`, or join the others "
+            "with --domain"
+        )
+    if foreign := {entry.name: found for entry in entries if (found := _foreign_stacks(other.manifest, entry.name))}:
+        listed = "; ".join(f"{name} with {', '.join(stacks)}" for name, stacks in foreign.items())
+        raise ValueError(
+            f"domains of {other.path} were trained with stacks of another domain on, without which they are not what they "
+            f"were ({listed}): train them with `context: isolated`, or join the others with --domain"
+        )
+
+
+def _foreign_stacks(manifest: Manifest, name: str) -> list[str]:
+    """Stacks in the context of domain `name` that are not its own; they may have left the library since."""
+    own = {stack.name for stack in manifest.stacks_of(name)}
+    return [stack for stack in manifest.domain(name).context if stack not in own]
+
+
+def _check_names(library: Library, names: Mapping[str, str]) -> None:
+    taken = [entry.name for entry in library.manifest.domains]
+    for old, new in names.items():
+        if not DOMAIN_NAME.fullmatch(new):
+            raise ValueError(
+                f"--as {new}={old}: `{new}` cannot be a domain's name; use lower-case letters, digits and _, a letter first"
+            )
+        if new in taken:
+            raise ValueError(
+                f"{library.path} would have two domains `{new}`: join {old} under another name, --as NEW={old}"
+            )
+        taken.append(new)
