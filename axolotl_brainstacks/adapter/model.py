@@ -377,7 +377,7 @@ class BrainstacksModel(BaseTuner):
 
 
 def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -> None:
-    """Attach the stacks of `library` that answer, oldest first.
+    """Attach all stacks of `library`, oldest first, those of a domain that is being trained again among them.
 
     Raises:
         ValueError: if the library was made for another base model, or one of its files is missing or altered.
@@ -385,7 +385,7 @@ def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -
     from axolotl_brainstacks.library import BaseModelInfo
 
     library.manifest.base.check(BaseModelInfo.of(tuner.model, model_name))
-    for entry in library.manifest.active_stacks:
+    for entry in library.manifest.stacks:
         config = BrainstacksConfig.from_pretrained(str(library.stack_path(entry.name)))
         tuner.attach_stack(entry.name, entry.domain, config, library.stack_tensors(entry.name))
 
