@@ -75,7 +75,7 @@ class BaseModelInfo(BaseModel):
         Raises:
             ValueError: if a sampled weight is NaN or infinite.
         """
-        from axolotl_brainstacks.weight_samples import sample_weights
+        from axolotl_brainstacks.weight_sampling import sample_weights
 
         samples = sample_weights(model)
         if parameter := samples.not_finite():

@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from axolotl_brainstacks.library import BaseModelInfo, Library
+
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 DOUBLE = {"bnb_4bit_use_double_quant": True}
 # How a folder is loaded: dtype, and the keys of bitsandbytes' config.
@@ -29,6 +31,19 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
     dtype, keys = KINDS[kind]
     quantization = {"quantization_config": BitsAndBytesConfig(**keys)} if keys else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantization)
+
+
+def old_record(base: BaseModelInfo) -> BaseModelInfo:
+    """As the first version wrote it."""
+    return base.model_copy(update={"weights": None, "loaded_as": None, "checkpoint": None})
+
+
+def make_old(library: Library) -> BaseModelInfo:
+    """Leave of the base model's record what the first version wrote; returns the whole one."""
+    whole = library.manifest.base
+    with library.writing(), library._changing() as manifest:
+        manifest.base = old_record(whole)
+    return whole
 
 
 def merged(model: PreTrainedModel, share: float, seed: int = 0) -> PreTrainedModel:

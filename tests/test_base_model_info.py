@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from base_models import KINDS, load, merged
+from base_models import KINDS, load, merged, old_record
 from peft import get_peft_model
 from random_library import new_library
 from routed import tuner_of
@@ -28,11 +28,6 @@ def seeded() -> Iterator[None]:
 def tiny_model(**changes: object) -> LlamaForCausalLM:
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**(shape | {"vocab_size": 2048} | changes)))
-
-
-def old_record(base: BaseModelInfo) -> BaseModelInfo:
-    """As the first version wrote it."""
-    return base.model_copy(update={"weights": None, "loaded_as": None, "checkpoint": None})
 
 
 def test_one_model_is_the_same_base_in_every_pair_of_loads(tiny_llama_dir: Path) -> None:

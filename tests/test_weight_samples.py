@@ -12,14 +12,8 @@ from torch.distributions import StudentT
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.base_model import BaseModelInfo
-from axolotl_brainstacks.weight_samples import (
-    MATRIX_ENTRIES,
-    VECTOR_ENTRIES,
-    VOCABULARY_ROWS,
-    Sample,
-    WeightSamples,
-    sample_weights,
-)
+from axolotl_brainstacks.weight_samples import Sample, WeightSamples
+from axolotl_brainstacks.weight_sampling import MATRIX_ENTRIES, VECTOR_ENTRIES, VOCABULARY_ROWS, sample_weights
 
 
 @pytest.fixture(scope="module")
