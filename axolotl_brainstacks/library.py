@@ -136,6 +136,12 @@ class Library(LibraryFolder):
             with self._changing() as manifest:
                 manifest.frozen_dtype = dtype
 
+    def complete_base(self, base: BaseModelInfo) -> None:
+        """Record what an earlier version did not of the base model, from `base`, which has been checked against it."""
+        if self.manifest.base.weights is None:
+            with self._changing() as manifest:
+                manifest.base = manifest.base.completed(base)
+
     def write_root_config(self, config: dict[str, Any]) -> None:
         """Make the library itself a folder that `PeftModel.from_pretrained(base, library)` accepts."""
         data = {WEIGHTS: tensors_to_bytes({}, "the library"), CONFIG: json_to_bytes(config)}

@@ -63,8 +63,9 @@ def import_lora(library_path: Path, name: str, folder: Path, base_model: str | N
     config = read_config(folder)
     pairs = read_pairs(folder)
     base_name = base_model or config["base_model_name_or_path"]
-    model = _load_base(folder, base_name, None if base_model else config.get("revision"))
-    base = BaseModelInfo.of(model, base_name)
+    revision = None if base_model else config.get("revision")
+    model = _load_base(folder, base_name, revision)
+    base = BaseModelInfo.of(model, base_name, revision)
     if library is not None:
         library.manifest.base.check(base)
     stack_config, tensors = stack_of(config, pairs)
@@ -72,6 +73,7 @@ def import_lora(library_path: Path, name: str, folder: Path, base_model: str | N
     _try_on(model, name, stack_config, tensors, pairs)
     library = library or Library.create(library_path, base)
     with library.writing():
+        library.complete_base(base)
         entry = DomainEntry(name=name, base_loss=math.nan, done=True)
         stack = library.import_domain(entry, stack_config.to_dict(), tensors)
         if not (library.path / CONFIG).exists():

@@ -1,36 +1,19 @@
 """What `manifest.json` of a library says: the base model, the stacks in order, the domains, the router."""
 
-import hashlib
 import json
-import math
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from axolotl_brainstacks.args import FrozenDtype
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
+from axolotl_brainstacks.base_model import BaseModelInfo
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Final = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
 DOMAIN_PATTERN = r"^[a-z][a-z0-9_]{0,31}$"
 STACK_PATTERN = r"^s[0-9]{3,}_[a-z][a-z0-9_]{0,31}$"
-
-# Set by the way a model is loaded, saved or trained; they say nothing about what its linear layers compute. Axolotl
-# itself raises max_position_embeddings, takes special tokens from the tokenizer and grows the vocabulary for new ones.
-VOLATILE_KEYS = {
-    *("architectures", "bos_token_id", "dtype", "eos_token_id", "gradient_checkpointing", "id2label", "label2id"),
-    *("max_position_embeddings", "name_or_path", "num_labels", "pad_token_id", "problem_type", "quantization_config"),
-    *("return_dict", "torch_dtype", "transformers_version", "use_cache", "vocab_size"),
-}
-FINGERPRINT_SAMPLES = 32
-# bf16 rounds by at most 0.2 % of a value, and none of 32 values exceeds sqrt(32) = 5.7 times their RMS: 1.1 % of it.
-FINGERPRINT_TOLERANCE = 0.02
 
 
 def _inside(path: str) -> str:
@@ -55,51 +38,6 @@ class FileRecord(_Entry):
 
     sha256: str
     bytes: int
-
-
-class BaseModelInfo(_Entry):
-    """The model that the stacks were trained on: name, hash of its architecture, fingerprint of its weights."""
-
-    name: str
-    revision: str | None = None
-    config_hash: str
-    fingerprint: list[float]
-
-    @classmethod
-    def of(cls, model: "PreTrainedModel", name: str, revision: str | None = None) -> Self:
-        """Describe a loaded model, in any dtype, quantised or not.
-
-        The fingerprint is 32 entries of the input embedding, in fp32, from its first 2,000 rows (a resized vocabulary
-        keeps them). Under ZeRO-3 this gathers the embedding, so every rank has to call it.
-        """
-        config = json.dumps(_stable(model.config.to_dict()), sort_keys=True, default=str)
-        weight = model.get_input_embeddings().get_parameter("weight")
-        with _gathered(weight):
-            rows = [(17 + 61 * i) % weight.shape[0] for i in range(FINGERPRINT_SAMPLES)]
-            columns = [(5 + 37 * i) % weight.shape[1] for i in range(FINGERPRINT_SAMPLES)]
-            fingerprint = weight.detach()[rows, columns].float().tolist()
-        config_hash = hashlib.sha256(config.encode()).hexdigest()
-        return cls(name=name, revision=revision, config_hash=config_hash, fingerprint=fingerprint)
-
-    def check(self, other: Self) -> None:
-        """Raise a ValueError naming both models unless `other` is the same model as this one."""
-        advice = f"set base_model to {self.name}, or name another folder in brainstacks.library"
-        if other.config_hash != self.config_hash:
-            raise ValueError(
-                f"the library was trained on {self.title}, but {other.title} has another architecture: {advice}"
-            )
-        rms = math.sqrt(sum(v * v for v in self.fingerprint) / len(self.fingerprint))
-        worst = max(abs(a - b) for a, b in zip(self.fingerprint, other.fingerprint, strict=True))
-        # Not `worst > limit`: a NaN in either model has to be refused too.
-        if not worst <= FINGERPRINT_TOLERANCE * rms:
-            raise ValueError(
-                f"the library was trained on {self.title}, but {other.title} has the same architecture with other "
-                f"weights (embeddings differ by {worst / rms if rms else math.inf:.0%} of their RMS): {advice}"
-            )
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 class RoundRecord(_Entry):
@@ -359,25 +297,3 @@ class Manifest(_Entry):
         """Drop `outdated_protections`; whatever trains next fits them again."""
         for outdated in self.outdated_protections(name):
             self.domain(outdated).protection = None
-
-
-def _stable(value: Any) -> Any:
-    """A model config without volatile keys. None and False go too: keys new in Transformers start so."""
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: _stable(item)
-        for key, item in value.items()
-        if str(key) not in VOLATILE_KEYS
-        and not str(key).startswith(("_", "output_"))
-        and item is not None
-        and item is not False
-    }
-
-
-def _gathered(weight: "Tensor") -> AbstractContextManager[Any]:
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(weight)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from base_models import make_old
 from models import base_config, chat_dataset
 from peft import PeftModel
 from processes import train
@@ -165,8 +166,10 @@ def test_one_domain_goes_onto_an_existing_library(
         learning_rate=5e-3, brainstacks={"library": str(path), "domain": "legal", "null_space": {"directions": 4}},
     )  # fmt: skip
     before = {entry.name: entry.context for entry in Library.open(path).manifest.domains}
+    base = make_old(Library.open(path))
     train(config, tmp_path)
     after = Library.open(path)
+    assert after.manifest.base == base and base.weights is not None
     assert after.verify() == []
     legal = after.manifest.domain("legal")
     assert legal.done and legal.constraint and legal.constraint.protects == ["chat", "code", "math"]

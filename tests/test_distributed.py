@@ -33,6 +33,7 @@ def test_two_processes_agree_with_one(single: tuple[dict[str, Any], Library], tm
         assert f"DeepSpeedEngine, ZeRO stage {engine[-1]}" in log
     together = Library.open(tmp_path / "out" / "library")
     assert together.verify() == []
+    assert together.manifest.base == alone.manifest.base, "parameters in shards are sampled as whole ones are"
     for stack in together.manifest.stacks:
         tensors = together.stack_tensors(stack.name)
         assert all(tensor.any() for key, tensor in tensors.items() if key.endswith("brainstacks_B.weight"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from base_models import make_old
 from click.testing import CliRunner, Result
 from models import base_config, chat_dataset, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -129,6 +130,7 @@ def test_an_adapter_in_half_precision_comes_in_as_peft_reads_it(base_dir: Path, 
 def test_imported_domains_are_routed_among(base_dir: Path, tmp_path: Path) -> None:
     loras = {name: save_lora(tmp_path / name, base_dir, r=Random().randint(2, 6)) for name in ("poems", "sums")}
     library = new_library(tmp_path / "library", fresh_base(base_dir), ["chat"])
+    base = make_old(library)
     gate = GateArgs(gate_threshold=0.5, weights="hard")
     Router.fresh(RouterConfig(domains=["chat"], features=32, width=16, dropout=0.0, gate=gate), 1).save(library)
     for name in loras:
@@ -136,6 +138,7 @@ def test_imported_domains_are_routed_among(base_dir: Path, tmp_path: Path) -> No
         assert Library.open(library.path).manifest.router.stale  # type: ignore[union-attr]
     library = Library.open(library.path)
     assert [entry.name for entry in library.manifest.domains] == ["chat", "poems", "sums"]
+    assert library.manifest.base == base and base.weights is not None
     router = Router.fresh(
         RouterConfig(domains=["chat", "poems", "sums"], features=32, width=16, dropout=0.0, gate=gate), 2
     )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
+from base_models import make_old
 from click.testing import CliRunner
 from models import base_config, chat_dataset, run_axolotl, write_rows
 from peft import PeftModel
@@ -278,7 +279,9 @@ def test_the_command_makes_a_router(tiny: tuple[Path, Library], tmp_path: Path) 
     content = config(tmp_path, model, library.path, samples=12)
     content["brainstacks"]["max_resident_bytes"] = 1  # of inference
     path = written(tmp_path, content)
+    base = make_old(library)
     printed = run_axolotl(["brainstacks-router", path], tmp_path)
+    assert Library.open(library.path).manifest.base == base and base.weights is not None
     assert "Mean loss per answer token on unseen prompts" in printed and "report.html" in printed
     assert Router.load(Library.open(library.path)).domains == DOMAINS
     rows = {name: (library.path / f"router/discovery/{name}.jsonl").read_text().count("row") for name in DOMAINS}

@@ -58,6 +58,7 @@ class CurriculumRunner:
             stack.enter_context(self.library.writing())
             self.plan.check_unchanged()
             self.library.set_frozen_dtype(self.plan.block.frozen_dtype)
+            self.library.complete_base(base)
         else:
             self.plan.check_unchanged()
             self.library = Library.create(path, base, self.plan.block.frozen_dtype)
@@ -136,7 +137,7 @@ class CurriculumRunner:
             manifest = self.library.manifest
             parts = {
                 "library": relative_library(self.plan, self.output_dir),
-                "base": manifest.base.model_dump(include={"config_hash", "fingerprint"}),
+                "base": manifest.base.model_dump(include={"config_hash", "fingerprint", "weights"}),
                 "stacks": [entry.model_dump() for entry in manifest.stacks],
                 "settings": self.plan.settings_of(stage),
                 "data": stage.data,

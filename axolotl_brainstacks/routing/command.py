@@ -14,7 +14,7 @@ from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.build import tuner
 from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.distributed import check_same, is_main, on_main
-from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library import BaseModelInfo, Library
 from axolotl_brainstacks.plugin import BrainstacksPlugin
 from axolotl_brainstacks.report import PAGE
 from axolotl_brainstacks.routing import report
@@ -53,6 +53,9 @@ def run(config: str) -> None:
         _show(library, evaluation, "nothing has changed since it was made")
         return
     model, _, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
+    base = None
+    if library.manifest.base.weights is None:  # on every rank, because it may gather parameters
+        base = BaseModelInfo.of(tuner(model).model, plan.raw["base_model"], plan.raw.get("revision_of_model"))
     meter = Meter(
         model, tuner(model), domains, library.manifest.active_stacks, cfg.eval_batch_size or cfg.micro_batch_size
     )
@@ -62,6 +65,8 @@ def run(config: str) -> None:
         def lock() -> None:
             stack.enter_context(library.writing())
             plan.check_unchanged()
+            if base is not None:
+                library.complete_base(base)
 
         on_main(lock)
         evaluation = make_router(library, meter, samples, plan.block.router)
