@@ -126,10 +126,10 @@ def localised(config: dict[str, Any], model: Path, folder: Path, rows: int = 16)
     block = config["brainstacks"]
     block |= {"library": str(folder / "library"), "eval_rows": 4, "samples": {"prompts": 0}}
     block |= {"null_space": {"directions": 4, "samples": 8}, "boosting": {"max_rounds": 1}}
-    rng, answers = Random(0), {}
+    answers: dict[str, dict[str, str]] = {}
     for entry in domain_entries(config):
         name = entry.get("name") or block["domain"]
-        answers[name] = {}
+        rng, answers[name] = Random(name), {}
         entry.pop("test_datasets", None)
         for number, dataset in enumerate(entry["datasets"]):
             made = [hub_row(dataset["path"], rng) for _ in range(rows)]
@@ -200,7 +200,11 @@ def tiny_tinyllama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     tokenizer.chat_template = ZEPHYR
-    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
     return folder
 
 
@@ -469,7 +473,7 @@ def test_one_more_domain_with_sample_packing(tiny_tinyllama_dir: Path, tmp_path:
     config = example("stack_onto")
     localised(config, tiny_tinyllama_dir, folder)
     assert config["sample_packing"] is True
-    config |= PACKED
+    config |= PACKED | {"learning_rate": 0.001}  # on top of a stack, more is a spike
     path = folder / "my config.yml"
     path.write_text(yaml.safe_dump(config))
     prepared = len(list((folder / "prepared").iterdir()))

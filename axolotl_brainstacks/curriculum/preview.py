@@ -141,10 +141,10 @@ class Preview:
         """One line a fact, for the whole run."""
         unknown = any(steps is None for domain in self.domains for steps in domain.rl_steps)
         todo = [domain.name for domain in self.domains if not domain.done]
-        others = f", {self.others} of them of other domains in the library" if self.others else ""
+        others = f", {self.others} of other domains among them" if self.others else ""
         lines = [
-            f"{len(todo)} domains to train ({', '.join(todo)}), {self.total_steps:,} steps"
-            f"{' and those of RL rounds by epochs' if unknown else ''}, {self.stacks} stacks at most{others}"
+            f"to train: {', '.join(todo)}; at most {self.total_steps:,} steps"
+            f"{' and those of RL rounds by epochs' if unknown else ''}, {self.stacks} stacks in the library at its end{others}"
         ]
         if (sizes := self.sizes) is None:
             return lines
