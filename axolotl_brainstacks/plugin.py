@@ -42,7 +42,7 @@ class BrainstacksPlugin(BasePlugin):
             )
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
-        return self.plan.load_stages() if self.plan else None
+        return self.plan.load_stages(preprocess) if self.plan else None
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         if self.plan:

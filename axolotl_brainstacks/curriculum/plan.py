@@ -20,7 +20,7 @@ from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.checks import check_refused, check_values
 from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid, overlaid_rl
 from axolotl_brainstacks.curriculum.rl_checks import rl_title
-from axolotl_brainstacks.distributed import check_same, on_each_node, on_main, shared_by_all
+from axolotl_brainstacks.distributed import check_same, is_main, on_each_node, on_main, shared_by_all
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.manifest import MANIFEST
 from axolotl_brainstacks.storage import record_of
@@ -105,8 +105,11 @@ class Plan:
                 del cfg[key]
             cfg.update(complete)
 
-    def load_stages(self) -> TrainDatasetMeta:
-        """Validate every stage and load its data; the data of the first one still to be trained.
+    def load_stages(self, preprocess: bool = False) -> TrainDatasetMeta:
+        """Validate every stage and load its data, and print the plan; the data of the first one still to be trained.
+
+        Args:
+            preprocess: print a whole table, not only its summary.
 
         Raises:
             ValueError: if any domain's config or data is unusable, or nodes do not have the same library or data.
@@ -114,6 +117,7 @@ class Plan:
         """
         from axolotl.common.datasets import TrainDatasetMeta
 
+        from axolotl_brainstacks.curriculum.preview import print_plan
         from axolotl_brainstacks.curriculum.stages import load_domains
 
         init_distributed_state()
@@ -129,6 +133,8 @@ class Plan:
         for stage in self.stages:
             check_same(f"The data of domain `{stage.name}`", stage.data, "give all nodes the same files")
         self.output_shared = shared_by_all(Path(self.raw["output_dir"]))
+        if is_main():
+            print_plan(self, whole=preprocess)
         first = self.stages[0]
         return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
 

@@ -79,7 +79,16 @@ def _described(dataset: Dataset) -> str:
     return f"{len(dataset)} rows {rows_hash(dataset)[:12]}"
 
 
-def stage_config(keys: dict[str, Any], where: str) -> DictDefault:
+def stage_config(raw: dict[str, Any], domain: DomainArgs) -> DictDefault:
+    """The complete, validated config of a domain's supervised rounds. Raises as `validated` does."""
+    return validated(_keys(raw, domain), f"domain `{domain.name}`")
+
+
+def _keys(raw: dict[str, Any], domain: DomainArgs) -> dict[str, Any]:
+    return overlaid({key: value for key, value in raw.items() if key != "brainstacks"}, domain.overlay)
+
+
+def validated(keys: dict[str, Any], where: str) -> DictDefault:
     """The complete, validated config of one stage.
 
     Args:
@@ -122,27 +131,22 @@ def load_domains(
 def _configured(
     raw: dict[str, Any], domain: DomainArgs, block: BrainstacksBlock, with_rl: bool
 ) -> tuple[_Configured, list[_Configured]]:
-    own = overlaid({key: value for key, value in raw.items() if key != "brainstacks"}, domain.overlay)
+    own = _keys(raw, domain)
     where, settings = f"domain `{domain.name}`", domain.brainstacks.over(block)
     rl_rounds = []
     for number, entry in enumerate(domain.rl_rounds if with_rl else ()):
         keys, title = overlaid_rl(own, entry.overlay), rl_title(domain.name, number)
-        cfg = stage_config(keys, title)
+        cfg = validated(keys, title)
         if entry.rl in ONLINE:
             check_generations(cfg, world()[1], title)
         rl_rounds.append(_Configured(title, keys, entry.brainstacks.over(settings), cfg))
-    return _Configured(where, own, settings, stage_config(own, where)), rl_rounds
+    return _Configured(where, own, settings, validated(own, where)), rl_rounds
 
 
 def _load(name: str, supervised: _Configured, rl_rounds: list[_Configured]) -> DomainStage:
     stage = _loaded(name, supervised)
-    measured, wanted = stage.block.eval_rows, stage.block.null_space.samples
-    rows = answer_rows(stage.eval_dataset, max(measured, wanted))
-    if len(rows) < wanted:
-        LOG.info(
-            "Domain %s has %d validation rows; `brainstacks.null_space.samples` asks for %d, so all of them are used",
-            *(name, len(rows), wanted),
-        )
+    measured = stage.block.eval_rows
+    rows = answer_rows(stage.eval_dataset, max(measured, stage.block.null_space.samples))
     if not any(label != IGNORED for row in rows for label in row.labels[1:]):
         raise ValueError(f"No validation row of domain `{name}` has an answer token to predict; check its `type:`")
     parts = {entry.name: getattr(stage, entry.name) for entry in fields(Stage)}

@@ -1,0 +1,131 @@
+"""How large stacks are, on disk and in memory, from the base model's shapes: no weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from axolotl.loaders.utils import load_model_config
+from axolotl.utils.dict import DictDefault
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedModel,
+)
+
+from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.tensors import stack_tensors
+from axolotl_brainstacks.curriculum.build import TRAINED, stack_config, tuner
+
+if TYPE_CHECKING:
+    from axolotl_brainstacks.curriculum.plan import Plan
+
+FP32 = 4
+# Of one weight: a nibble; per 64 weights a byte of scale; per 256 of those an fp32 scale (double quantisation).
+_NF4 = 1 / 2 + 1 / 64 + FP32 / (64 * 256)
+_INT8 = 1.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of stacks on one base model; all results are bytes."""
+
+    base: int
+    layers: Sequence[BrainstacksLayer]
+    optimizer: str
+
+    @classmethod
+    def of(cls, plan: Plan, cfg: DictDefault) -> Sizes:
+        """Build the base model that `cfg` names on the meta device and wrap it as training will.
+
+        Raises:
+            ValueError: if Transformers has no class of its own for the model, so that its shapes cannot be known.
+        """
+        model = meta_model(cfg)
+        base = base_bytes(model, cfg)
+        with torch.device("meta"):
+            wrapped = tuner(get_peft_model(model, stack_config(cfg, plan)))
+        wrapped.keep_frozen_as(plan.block.frozen_dtype)
+        return cls(base, list(wrapped.layers()), str(cfg.optimizer))
+
+    @cached_property
+    def stack_file(self) -> int:
+        """`adapter_model.safetensors` of one stack, exactly."""
+        tensors = stack_tensors({layer.module_name: _weights(layer) for layer in self.layers})
+        return safetensors_bytes({name: tensor.shape for name, tensor in tensors.items()})
+
+    @property
+    def frozen_stack(self) -> int:
+        """One frozen stack in memory."""
+        return sum(layer.bank_bytes(layer.shapes[TRAINED]) for layer in self.layers)
+
+    @property
+    def trained_stack(self) -> int:
+        """The stack in training: fp32 weights and gradients, and the optimiser's state."""
+        numbers = sum(weight.numel() for layer in self.layers for weight in _weights(layer))
+        return numbers * (2 * FP32 + state_bytes(self.optimizer))
+
+    def null_space(self, directions: int) -> int:
+        """A basis of `directions` columns per projection, fp32; a projection has no more than its outputs."""
+        return FP32 * sum(layer.out_features * min(directions, layer.out_features) for layer in self.layers)
+
+
+def _weights(layer: BrainstacksLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b = layer.trained(TRAINED)
+    return a.weight, b.weight
+
+
+def meta_model(cfg: DictDefault) -> PreTrainedModel:
+    """The base model without memory. Its class is called directly: `from_config` would start DeepSpeed's sharding."""
+    config = load_model_config(cfg)
+    mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
+    for mapping in reversed(mappings) if cfg.is_multimodal else mappings:
+        if type(config) in mapping:
+            kind: Any = mapping[type(config)]
+            with torch.device("meta"):
+                model: PreTrainedModel = kind(config).to(cfg.torch_dtype)
+            model.tie_weights()
+            return model
+    raise ValueError(f"Transformers has no model class for {type(config).__name__}")
+
+
+def base_bytes(model: PreTrainedModel, cfg: DictDefault) -> int:
+    """The base model as loaded, about: quantised are the linear layers but the one over the vocabulary."""
+    each = _NF4 if cfg.load_in_4bit else _INT8
+    quantised = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        if cfg.load_in_4bit or cfg.load_in_8bit
+    }
+    return round(
+        sum(
+            parameter.numel() * (each if id(parameter) in quantised else parameter.element_size())
+            for parameter in model.parameters()
+        )
+    )
+
+
+def state_bytes(optimizer: str) -> int:
+    """Bytes that an optimiser keeps per weight, about: two moments, as almost all do."""
+    if "sgd" in optimizer or "adafactor" in optimizer:
+        return 0
+    moments = 1 if "lion" in optimizer or "muon" in optimizer else 2
+    return moments * (1 if "8bit" in optimizer else FP32)
+
+
+def safetensors_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Length of a safetensors file of these fp32 tensors, header included."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in sorted(shapes.items()):
+        start, end = end, end + FP32 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
