@@ -133,6 +133,14 @@ def test_the_length_of_a_safetensors_file(names: list[str]) -> None:
     assert safetensors_bytes({name: t.shape for name, t in tensors.items()}) == len(tensors_to_bytes(tensors, "it"))
 
 
+def test_the_plan_leaves_randomness_as_it_was(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    """So that a run learns the same with and without it."""
+    plan = loaded(three_domains(run, tmp_path))
+    before = torch.get_rng_state()
+    preview(plan, count_raw=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_memory_of_stacks_is_that_of_real_ones(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     plan = loaded(three_domains(run, tmp_path))
     cfg = plan.stages[0].cfg

@@ -12,6 +12,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import DatasetDict
+from datasets.exceptions import DatasetsError
 from rich.console import Console
 from rich.table import Table
 
@@ -250,7 +251,7 @@ def _raw_rows(cfg: DictDefault) -> int | None:
     """Rows of `datasets:` before Axolotl drops any; None where they are gone, and only the prepared ones are left."""
     try:
         return sum(_raw_count(dataset, cfg) for dataset in datasets_with_name_generator(cfg.datasets))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         LOG.info("Rows that were dropped are not counted: %s", error)
         return None
 
