@@ -46,8 +46,8 @@ class PromptRoute:
     uncovered: bool = False
 
     def __str__(self) -> str:
-        domains = ", ".join(f"{printable(domain)} {weight:.2f}" for domain, weight in self.weights.items())
-        return f"{domains or 'base model'} (uncovered)" if self.uncovered else domains or "base model"
+        on = ", ".join(f"{printable(domain)} {weight:.2f}" for domain, weight in self.weights.items()) or "base model"
+        return f"{on} (uncovered)" if self.uncovered else on
 
 
 def printable(text: str) -> str:
@@ -133,8 +133,9 @@ def load_router(tuner: BrainstacksModel) -> None:
     Raises:
         ValueError: as `route`.
     """
-    if _routes_by_itself(tuner):
-        _router(tuner)
+    with tuner.lock:
+        if _routes_by_itself(tuner):
+            _router(tuner)
 
 
 def stack_weights(tuner: BrainstacksModel, routes: Sequence[PromptRoute]) -> tuple[list[str], Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from axolotl_brainstacks.adapter.selection import FrozenStack, ModelLock, Select
 from axolotl_brainstacks.adapter.tensors import check_values, is_stack_key, stack_pairs, stack_tensors
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from axolotl_brainstacks.args import FrozenDtype
     from axolotl_brainstacks.inference import Domains, PromptRoute
     from axolotl_brainstacks.library import Library
@@ -256,7 +259,7 @@ class BrainstacksModel(BaseTuner):
         try:
             return self._wrapped(module_name)
         except AttributeError as error:
-            raise ValueError(f"Stack {stack}: the base model has no module {module_name}") from error
+            raise ValueError(f"Stack {stack}: the base model has no module {module_name!r}") from error
 
     def detach_stack(self, name: str) -> None:
         """Remove a frozen stack, and switch all others on."""
@@ -477,6 +480,16 @@ def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -
     for entry in library.manifest.stacks:
         config = BrainstacksConfig.of_stack(entry.name, library.stack_config(entry.name))
         tuner.attach_stack(entry.name, entry.domain, config, library.stack_tensors(entry.name))
+
+
+def stand_for_library(model: PeftModel, adapter: str, base_model: str, library: str) -> None:
+    """Make what `save_pretrained` writes a folder that stands for `library`: without the stack in training, and without the
+    embeddings that PEFT adds where the vocabulary was resized, as no weight but a stack's comes from a library."""
+    assert isinstance(model.base_model, BrainstacksModel)
+    for layer in model.base_model.layers():
+        layer.delete_adapter(adapter)
+    model.peft_config[adapter] = library_config(base_model, library)
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
 
 
 def library_config(base_model: str, library: str) -> BrainstacksConfig:

@@ -63,7 +63,7 @@ def check_values(owner: str, tensors: Mapping[str, Tensor], dtype: torch.dtype |
         if not (-limit <= low and high <= limit):
             raise ValueError(
                 f"{owner}: {key!r} has values from {low:g} to {high:g}, where finite ones up to {limit:g} are possible: "
-                "restore the file from a copy, or remove its domain"
+                "restore the file from a copy"
             )
 
 

@@ -11,7 +11,7 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_brainstacks.adapter.model import library_config
+from axolotl_brainstacks.adapter.model import library_config, stand_for_library
 from axolotl_brainstacks.calibration import merge_columns
 from axolotl_brainstacks.curriculum.build import TRAINED, relative_library, tuner
 from axolotl_brainstacks.curriculum.engine import forwards
@@ -247,11 +247,8 @@ class CurriculumRunner:
     def _become_a_reference(self) -> None:
         """Drop the fresh stack: what Axolotl saves into output_dir is a PEFT folder that points at the library."""
         self.tuner.use_stacks(None)
-        for layer in self.tuner.layers():
-            layer.delete_adapter(TRAINED)
-        self.model.peft_config[TRAINED] = library_config(
-            self.plan.raw["base_model"], relative_library(self.plan, self.output_dir)
-        )
+        library = relative_library(self.plan, self.output_dir)
+        stand_for_library(self.model, TRAINED, self.plan.raw["base_model"], library)
 
 
 def summary(entry: DomainEntry) -> str:

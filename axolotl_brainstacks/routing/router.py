@@ -139,7 +139,9 @@ class Router:
             raise ValueError(f"{error}: {mend} again") from error
         # ValidationError and most others are ValueErrors; safetensors and deep JSON have their own.
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the router of {library.path} was written by another version: {mend} again") from error
+            raise ValueError(
+                f"the router of {library.path} is damaged or was written by another version ({error!r}): {mend} again"
+            ) from error
 
     @classmethod
     def _of(cls, config: bytes, weights: bytes, domains: list[str]) -> Router:
