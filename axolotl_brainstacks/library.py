@@ -249,7 +249,10 @@ class Library:
         if record_of(data) != record:
             self._checked(f"stacks/{name}/{CONFIG}", record)
             raise ValueError(f"{path} was changed while it was read: restore it from a copy of the library")
-        return json.loads(data)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the library") from error
 
     def stack_tensors(self, name: str, verify: bool = True) -> dict[str, Tensor]:
         """The tensors of a stack, memory-mapped on the CPU. Raises ValueError naming a missing or truncated file and,
