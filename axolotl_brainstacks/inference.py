@@ -1,13 +1,15 @@
 """Answers from the right stacks: prompt -> base-only pass -> router -> per-row weights -> stock `generate`.
 
 Usable with plain Transformers and PEFT. The methods of `BrainstacksModel` lead here.
+
+The stacks that are on are state of the model, so an answer holds the model's lock. What it chooses it puts back in one
+step, also after an interrupt; nothing else has to be undone.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +31,6 @@ LOG = logging.getLogger(__name__)
 
 Domains = Mapping[str, float] | Sequence[Mapping[str, float]]
 
-# The stacks that are on are state of the model: an answer that another thread asks for waits for the one under way.
-_ANSWERING = threading.RLock()
 _READ_WITH = "brainstacks_read_with"
 
 
@@ -46,8 +46,13 @@ class PromptRoute:
     uncovered: bool = False
 
     def __str__(self) -> str:
-        domains = ", ".join(f"{domain} {weight:.2f}" for domain, weight in self.weights.items()) or "base model"
-        return f"{domains} (uncovered)" if self.uncovered else domains
+        on = ", ".join(f"{printable(domain)} {weight:.2f}" for domain, weight in self.weights.items()) or "base model"
+        return f"{on} (uncovered)" if self.uncovered else on
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: control characters become escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def route(
@@ -62,7 +67,17 @@ def route(
         ValueError: if the library has no router, or it is stale, or the library has changed since it was loaded; if a
             prompt is empty, or there is no tokenizer for a text.
     """
-    router = _router(tuner)
+    with tuner.lock:
+        return _route(tuner, _router(tuner), prompts, attention_mask, tokenizer)
+
+
+def _route(
+    tuner: BrainstacksModel,
+    router: Router,
+    prompts: Tensor | Sequence[str],
+    attention_mask: Tensor | None,
+    tokenizer: Any,
+) -> list[PromptRoute]:
     device = tuner.model.get_input_embeddings().weight.device
     if isinstance(prompts, Tensor):
         ids, mask = prompts, torch.ones_like(prompts) if attention_mask is None else attention_mask
@@ -118,8 +133,9 @@ def load_router(tuner: BrainstacksModel) -> None:
     Raises:
         ValueError: as `route`.
     """
-    if _routes_by_itself(tuner):
-        _router(tuner)
+    with tuner.lock:
+        if _routes_by_itself(tuner):
+            _router(tuner)
 
 
 def stack_weights(tuner: BrainstacksModel, routes: Sequence[PromptRoute]) -> tuple[list[str], Tensor]:
@@ -131,31 +147,45 @@ def stack_weights(tuner: BrainstacksModel, routes: Sequence[PromptRoute]) -> tup
 
 def generate(tuner: BrainstacksModel, *args: Any, domains: Domains | None = None, **kwargs: Any) -> Any:
     """`BrainstacksModel.generate`."""
-    with _ANSWERING:
+    with tuner.lock:
         if domains is None and not _routes_by_itself(tuner):
             return tuner.model.generate(*args, **kwargs)
-        if isinstance(domains, Mapping):
-            routes = routes_for(tuner, None, None, None, domains)
-        else:
-            ids, mask = _prompts(tuner, args, kwargs)
-            routes = routes_for(tuner, ids, mask, None, domains)
-            if len(routes) != len(ids):
-                raise ValueError(f"`domains` has {len(routes)} mappings for {len(ids)} prompts: give one a prompt")
-        for number, row in enumerate(routes):
-            LOG.info("Prompt %d: %s", number, row)
+        before = tuner.selection.wanted
         shown = kwargs.get("streamer") if tuner.show_routes else None
-        if shown is not None:
-            shown.on_finalized_text(f"[{routes[0]}]\n")
-        names, weights = stack_weights(tuner, routes)
-        _read_again_if_rerouted(args, kwargs, (names, weights.tolist()))
         try:
-            with tuner.using_stacks(names, weights):
-                return tuner.model.generate(*args, **kwargs)
-        except Exception as error:
+            routes = _one_route_each(tuner, args, kwargs, domains)
+            for number, row in enumerate(routes):
+                LOG.info("Prompt %d: %s", number, row)
+            if shown is not None:
+                shown.on_finalized_text(f"[{routes[0]}]\n")
+            names, weights = stack_weights(tuner, routes)
+            tuner.use_stacks(names, weights)
+            read_with = (names, weights.tolist())
+            _read_again_if_rerouted(args, kwargs, read_with)
+            answer = tuner.model.generate(*args, **kwargs)
+            _mark(kwargs, read_with)
+            return answer
+        except BaseException as error:
             if shown is not None:
                 # A page that shows the answer while it grows would wait for ever for an end that never comes.
-                shown.on_finalized_text(f"Error: {error}", stream_end=True)
+                text = printable(str(error)) or type(error).__name__
+                shown.on_finalized_text(f"Error: {text}", stream_end=True)
             raise
+        finally:
+            tuner.selection.wanted = before
+
+
+def _one_route_each(
+    tuner: BrainstacksModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], domains: Domains | None
+) -> list[PromptRoute]:
+    """The routes of a call of `generate`: one for all rows, or as many as there are prompts."""
+    if isinstance(domains, Mapping):
+        return routes_for(tuner, None, None, None, domains)
+    ids, mask = _prompts(tuner, args, kwargs)
+    routes = routes_for(tuner, ids, mask, None, domains)
+    if len(routes) != len(ids):
+        raise ValueError(f"`domains` has {len(routes)} mappings for {len(ids)} prompts: give one a prompt")
+    return routes
 
 
 def routed_forward(tuner: BrainstacksModel, *args: Any, **kwargs: Any) -> Any:
@@ -173,8 +203,12 @@ def routed_forward(tuner: BrainstacksModel, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("labels") is not None:
         before = mask * (kwargs["labels"] == IGNORED).long().cumprod(1)
         mask = torch.where(before.any(1, keepdim=True), before, mask)
-    with tuner.routed(ids, mask):
+    chosen = tuner.selection.wanted
+    try:
+        tuner.use_stacks(*stack_weights(tuner, route(tuner, ids, mask)))
         return tuner.model(*args, **kwargs)
+    finally:
+        tuner.selection.wanted = chosen
 
 
 def _domains(tuner: BrainstacksModel) -> list[str]:
@@ -228,9 +262,15 @@ def _setting(tuner: BrainstacksModel, kwargs: Mapping[str, Any], name: str) -> A
 
 
 def _read_again_if_rerouted(args: tuple[Any, ...], kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
-    """Empty a cache whose tokens were read with other stacks, as in a chat whose turns take different routes."""
+    """Empty a cache whose tokens were read with other stacks, as in a chat whose turns take different routes, or that an
+    interrupt has left half filled: it says what it was read with only between answers."""
     cache = kwargs.get("past_key_values")
     if cache is not None:
         if cache.get_seq_length() and getattr(cache, _READ_WITH, None) != on:
             cache.reset()
+        setattr(cache, _READ_WITH, None)
+
+
+def _mark(kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
+    if (cache := kwargs.get("past_key_values")) is not None:
         setattr(cache, _READ_WITH, on)

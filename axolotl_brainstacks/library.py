@@ -249,7 +249,15 @@ class Library(LibraryFolder):
     def stack_config(self, name: str) -> dict[str, Any]:
         """The PEFT config of a stack. Raises ValueError when its file is missing or altered."""
         record = self.manifest.stack(name).files[CONFIG]
-        return json.loads(self._checked(f"stacks/{name}/{CONFIG}", record).read_bytes())
+        path = self._checked(f"stacks/{name}/{CONFIG}", record, verify=False)
+        data = path.read_bytes()
+        if record_of(data) != record:
+            self._checked(f"stacks/{name}/{CONFIG}", record)
+            raise ValueError(f"{path} was changed while it was read: restore it from a copy of the library")
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the library") from error
 
     def stack_tensors(self, name: str, verify: bool = True) -> dict[str, Tensor]:
         """The tensors of a stack, memory-mapped on the CPU. Raises ValueError naming a missing or truncated file and,

@@ -114,13 +114,30 @@ class LibraryFolder:
             f"{problem}: fit the router again with `axolotl brainstacks-router CONFIG`"
             for problem in self._problems(self.manifest.router_files)
         ]
-        return self.damage() + router + unknown + self._problems(self.manifest.root)
+        return self.damage() + router + unknown + self._root_problems()
 
     def damage(self) -> list[str]:
         """The part of `verify` that a training run must not meet: the root's files it writes anew, the router it does not
         read, others it leaves alone."""
         files, router = self.manifest.files, self.manifest.router_files
         return self._problems({file: record for file, record in files.items() if file not in router})
+
+    def _root_problems(self) -> list[str]:
+        """What PEFT reads of the library's own folder: listed, whole, and standing for this library."""
+        mend = "run `axolotl train` on its YAML again, which writes it anew"
+        if problems := self._problems(self.manifest.root):
+            return problems
+        found = [file for file in (CONFIG, WEIGHTS) if (self.path / file).exists() and file not in self.manifest.root]
+        if found:
+            return [f"{self.path / file} is unknown to {MANIFEST}: {mend}" for file in found]
+        if CONFIG in self.manifest.root:
+            try:
+                named = json.loads((self.path / CONFIG).read_bytes())["library"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                named = None
+            if named != ".":
+                return [f"{self.path / CONFIG} names the library {named!r} instead of '.': {mend}"]
+        return []
 
     def _problems(self, files: dict[str, FileRecord]) -> list[str]:
         return [problem for file, record in files.items() if (problem := problem_of(self.path / file, record))]

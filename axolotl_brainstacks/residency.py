@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,11 +12,16 @@ from torch import Tensor
 from axolotl_brainstacks.adapter.bank import StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
-from axolotl_brainstacks.adapter.tensors import stack_pairs
+from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
 from axolotl_brainstacks.library import WEIGHTS, Library
+from axolotl_brainstacks.storage import problem_of
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.adapter.model import BrainstacksModel
+
+
+# What changes with a file's content: modification and change time in ns, size in bytes, and which file it is.
+Signature = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class _Part:
 class ResidentStacks:
     """The stacks of `library` that the banks of `tuner` hold; least recently used ones leave under `max_bytes`.
 
+    A file's hash and values are checked when it is read first, and again when it is read after a change on disk.
+
     Attributes:
         max_bytes: most memory for stacks; None for no limit. It holds from the next selection of stacks.
         bytes_read: read from stack files so far.
@@ -39,7 +47,7 @@ class ResidentStacks:
         """Wrap every projection that a stack covers; no weight is read.
 
         Raises:
-            ValueError: if a stack is missing, truncated, or does not fit the model.
+            ValueError: if a stack is missing, truncated, or does not fit the model, or its config is wrong.
         """
         # Not the library itself: its file lock cannot be copied with the model.
         self.path, self.manifest = library.path, library.manifest
@@ -47,12 +55,13 @@ class ResidentStacks:
         self.bytes_read = 0
         self.peak_bytes = 0
         self._used: dict[str, int] = {}  # name -> bytes, least recently used first
-        self._verified: set[str] = set()
+        self._verified: dict[str, Signature] = {}
+        # Whether an exchange has begun and not ended: what the banks hold is unknown then.
+        self._torn = False
         self._parts: dict[str, list[_Part]] = {}
         last: dict[BrainstacksLayer, StackTensors] = {}
         for place, entry in enumerate(self.manifest.active_stacks):
-            library.stack_config(entry.name)
-            config = BrainstacksConfig.from_pretrained(str(library.stack_path(entry.name)))
+            config = BrainstacksConfig.of_stack(entry.name, library.stack_config(entry.name))
             pairs = stack_pairs(entry.name, library.stack_tensors(entry.name, verify=False))
             self._parts[entry.name] = []
             for module_name, (a, b) in pairs.items():
@@ -76,8 +85,11 @@ class ResidentStacks:
         """Have the stacks `names` in memory. Stacks that are not the library's are none of its business.
 
         Raises:
-            ValueError: if they need more than `max_bytes`, or a file is missing or altered; then nothing has changed.
+            ValueError: if they need more than `max_bytes`, or a file is missing, altered, or has values that are not finite;
+                then nothing has changed. After any other exception the next call reads anew what it needs.
         """
+        if self._torn:
+            self._drop_all()
         needed = {name: self._size(name) for name in names if name in self._parts}
         if self.max_bytes is not None and sum(needed.values()) > self.max_bytes:
             raise ValueError(
@@ -89,8 +101,7 @@ class ResidentStacks:
         while self.max_bytes is not None and sum(rest.values()) + sum(needed.values()) > self.max_bytes:
             gone.append(next(iter(rest)))
             del rest[gone[-1]]
-        self._exchange(gone, [name for name in needed if name not in self._used])
-        self._used = rest | needed
+        self._exchange(gone, [name for name in needed if name not in self._used], rest | needed)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def forget(self, name: str) -> None:
@@ -101,19 +112,58 @@ class ResidentStacks:
     def _size(self, name: str) -> int:
         return sum(part.layer.bank_bytes(part.tensors.shape) for part in self._parts[name])
 
-    def _exchange(self, gone: Sequence[str], new: Sequence[str]) -> None:
+    def _exchange(self, gone: Sequence[str], new: Sequence[str], used: dict[str, int]) -> None:
         coming: dict[BrainstacksLayer, list[StackTensors]] = {}
         for name, pairs in {name: self._read(name) for name in new}.items():
             for part in self._parts[name]:
                 a, b = pairs[part.layer.module_name]
                 coming.setdefault(part.layer, []).append(replace(part.tensors, a=a, b=b))
         leaving = {part.layer for name in gone for part in self._parts[name]}
+        self._torn = True
         for layer in coming.keys() | leaving:
             layer.hold(gone, coming.get(layer, []))
+        self._used = used
+        self._torn = False
+
+    def _drop_all(self) -> None:
+        """Empty the banks of what is the library's."""
+        for layer in {part.layer for parts in self._parts.values() for part in parts}:
+            layer.hold(self._parts.keys(), [])
+        self._used = {}
+        self._torn = False
 
     def _read(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Map a stack's file; its hash is checked the first time."""
-        tensors = Library(self.path, self.manifest).stack_tensors(name, verify=name not in self._verified)
-        self._verified.add(name)
+        """Map a stack's file."""
+        library = Library(self.path, self.manifest)
+        file = library.stack_path(name) / WEIGHTS
+        before = _signature(file)
+        known = before is not None and before == self._verified.get(name)
+        tensors = library.stack_tensors(name, verify=not known)
+        if not known and (parts := self._parts[name]):
+            check_values(f"Stack {name}", tensors, parts[0].layer.bank_dtype)
+        if before is None or _signature(file) != before:
+            raise ValueError(f"{file} was changed while it was read: restore it from a copy of the library")
+        self._verified[name] = before
         self.bytes_read += self.manifest.stack(name).files[WEIGHTS].bytes
         return stack_pairs(name, tensors)
+
+
+def check_root(library: Library) -> None:
+    """Raise a ValueError if a file that lets PEFT load the library as a whole is missing or altered.
+
+    Libraries that were written before their manifest listed these files pass: what the files hold is checked besides.
+    """
+    for file, record in library.manifest.root.items():
+        if problem := problem_of(library.path / file, record):
+            raise ValueError(
+                f"{problem}: restore the file from a copy of the library, or run `axolotl train` on its YAML again, which "
+                "writes it anew"
+            )
+
+
+def _signature(file: Path) -> Signature | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev

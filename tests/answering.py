@@ -22,14 +22,18 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_i
 
 
 def random_router(
-    domains: list[str], weights: str = "soft", floors: dict[str, float] | None = None, features: int = 32
+    domains: list[str],
+    weights: str = "soft",
+    floors: dict[str, float] | None = None,
+    features: int = 32,
+    seed: int | None = None,
 ) -> Router:
     """A router whose probabilities differ widely from prompt to prompt, so that routes do."""
     config = RouterConfig(
         domains=domains, features=features, width=16, dropout=0.0,
         gate=GateArgs(gate_threshold=0.5, weights=weights, floors=floors or {}),
     )  # fmt: skip
-    router = Router.fresh(config, seed=Random().randrange(2**30))
+    router = Router.fresh(config, seed=Random(seed).randrange(2**30))
     with torch.no_grad():
         router.network.domain_queries.mul_(6)
         router.network.outputs.weight.mul_(30)

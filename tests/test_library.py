@@ -64,7 +64,7 @@ def test_the_root_is_a_peft_folder(library: Library) -> None:
     from safetensors.torch import load_file
 
     with library.writing():
-        library.write_root_config(CONFIG)
+        library.write_root_config(CONFIG | {"library": "."})
     assert json.loads((library.path / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
     assert load_file(library.path / "adapter_model.safetensors") == {}
     assert library.verify() == []
@@ -74,7 +74,7 @@ def test_the_root_is_a_peft_folder(library: Library) -> None:
 def test_damage_to_the_root_is_found_and_mended(library: Library, file: str) -> None:
     assert library.manifest.root == {}  # as in a library of an older version
     with library.writing():
-        library.write_root_config(CONFIG)
+        library.write_root_config(CONFIG | {"library": "."})
     path = library.path / file
     whole = path.read_bytes()
     for damage, word in ((truncate, "truncated"), (alter_a_byte, "altered"), (Path.unlink, "missing")):
@@ -82,11 +82,11 @@ def test_damage_to_the_root_is_found_and_mended(library: Library, file: str) -> 
         (problem,) = library.verify()
         assert f"{path} is {word}" in problem and library.damage() == []
         with library.writing():
-            library.write_root_config(CONFIG)
+            library.write_root_config(CONFIG | {"library": "."})
         assert library.verify() == [] and path.read_bytes() == whole
     manifest = (library.path / "manifest.json").stat().st_mtime_ns
     with library.writing():
-        library.write_root_config(CONFIG)
+        library.write_root_config(CONFIG | {"library": "."})
     assert (library.path / "manifest.json").stat().st_mtime_ns == manifest
     assert set(Library.open(library.path).manifest.root) == {"adapter_model.safetensors", "adapter_config.json"}
 

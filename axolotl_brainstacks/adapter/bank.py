@@ -52,6 +52,9 @@ class BankSegment(nn.Module):
     Offloaded ones are plain attributes instead: they stay in pinned CPU memory wherever the model goes, and DDP does not
     broadcast them.
 
+    number: of the segment, counted in the order in which stacks were trained. names, places: of the stacks, in the order
+    of the tensors.
+
     Buffers:
         inputs: (stacks, experts + experts * r, in) gate rows, then the experts' A rows.
         outputs: (stacks, experts * r, out) the experts' B matrices, ranks as rows.
@@ -60,16 +63,28 @@ class BankSegment(nn.Module):
     inputs: Tensor
     outputs: Tensor
 
-    def __init__(self, shape: StackShape, inputs: Tensor, outputs: Tensor, offloaded: bool) -> None:
+    def __init__(
+        self,
+        number: int,
+        shape: StackShape,
+        inputs: Tensor,
+        outputs: Tensor,
+        names: Sequence[str],
+        places: Sequence[int],
+        offloaded: bool,
+    ) -> None:
         super().__init__()
+        self.number = number
         self.shape = shape
-        self.names: list[str] = []
-        self.places: list[int] = []
+        self.names = list(names)
+        self.places = list(places)
         self.offloaded = offloaded
+        if offloaded and torch.cuda.is_available():
+            inputs, outputs = inputs.pin_memory(), outputs.pin_memory()
         if not offloaded:
             self.register_buffer("inputs", None, persistent=False)
             self.register_buffer("outputs", None, persistent=False)
-        self._keep(inputs, outputs)
+        self.inputs, self.outputs = inputs, outputs
         self.on = slice(0, 0)
         self.row_weights: Tensor | None = None
 
@@ -81,54 +96,64 @@ class BankSegment(nn.Module):
         rows, ranks = first.a.shape[0] - first.shape.num_experts, first.b.shape[1]
         inputs = torch.empty(0, rows, first.a.shape[1], device=device, dtype=dtype)
         outputs = torch.empty(0, ranks, first.b.shape[0], device=device, dtype=dtype)
-        return cls(first.shape, inputs, outputs, offloaded)
+        return cls(first.segment, first.shape, inputs, outputs, (), (), offloaded)
 
-    def _keep(self, inputs: Tensor, outputs: Tensor) -> None:
-        if self.offloaded and torch.cuda.is_available():
-            inputs, outputs = inputs.pin_memory(), outputs.pin_memory()
-        self.inputs, self.outputs = inputs, outputs
+    def changed(self, gone: Collection[str], new: Sequence[StackTensors]) -> BankSegment:
+        """A segment without the stacks `gone` and with `new` ones, none of them on. This one stays as it is, except where
+        as many leave as come: then it is the one that is changed, and the memory of the old serves the new.
 
-    def change(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
-        """Take stacks out and in; nothing is on then. New tensors are copied once, straight from where they are.
-
-        Offloaded tensors are never written to twice: a copy of the old ones to the device may be under way.
+        New tensors are copied once, straight from where they are. Offloaded tensors are never written to twice: a copy of
+        the old ones to the device may be under way.
         """
         free = [i for i, name in enumerate(self.names) if name in gone]
+        segment = self
         if self.offloaded or len(free) != len(new):
             kept = [i for i in range(len(self.names)) if i not in free]
             free = list(range(len(kept), len(kept) + len(new)))
-            self._keep(*(_resized(held, kept, len(new)) for held in (self.inputs, self.outputs)))
-            self.names = [self.names[i] for i in kept] + [""] * len(new)
-            self.places = [self.places[i] for i in kept] + [0] * len(new)
+            segment = self._with(
+                _resized(self.inputs, kept, len(new)),
+                _resized(self.outputs, kept, len(new)),
+                [self.names[i] for i in kept] + [""] * len(new),
+                [self.places[i] for i in kept] + [0] * len(new),
+            )
+        segment.on, segment.row_weights = slice(0, 0), None
         n = self.shape.num_experts
         for i, stack in zip(free, new, strict=True):
-            self.inputs[i, :n].copy_(stack.a[:n])
-            self.inputs[i, n:].copy_(stack.a[2 * n :])
-            self.outputs[i].copy_(stack.b.T)
-            self.names[i], self.places[i] = stack.name, stack.place
-        self.on, self.row_weights = slice(0, 0), None
+            segment.inputs[i, :n].copy_(stack.a[:n])
+            segment.inputs[i, n:].copy_(stack.a[2 * n :])
+            segment.outputs[i].copy_(stack.b.T)
+            segment.names[i], segment.places[i] = stack.name, stack.place
+        return segment
+
+    def _with(self, inputs: Tensor, outputs: Tensor, names: Sequence[str], places: Sequence[int]) -> BankSegment:
+        return BankSegment(self.number, self.shape, inputs, outputs, names, places, self.offloaded)
+
+    def _wanted(self, on: Sequence[str]) -> list[int]:
+        """Where the stacks of `on` are, in the order of their places."""
+        return sorted((i for i, name in enumerate(self.names) if name in on), key=lambda i: self.places[i])
+
+    @torch.inference_mode(False)  # as in BrainstacksLayer.hold
+    def arranged(self, on: Sequence[str]) -> BankSegment:
+        """This segment if the stacks of `on` are neighbours in it, in the order of their places; else one in which they are.
+
+        A view serves neighbours, and the same bytes are multiplied in the same way whatever else is held.
+        """
+        wanted = self._wanted(on)
+        if not wanted or wanted == list(range(wanted[0], wanted[0] + len(wanted))):
+            return self
+        order = wanted + [i for i in range(len(self.names)) if i not in wanted]
+        names, places = [self.names[i] for i in order], [self.places[i] for i in order]
+        return self._with(self.inputs[order], self.outputs[order], names, places)
 
     def select(self, on: Sequence[str], weights: Tensor | None) -> None:
-        """Switch on the stacks of `on`; `weights` (rows, len(on)) or None for 1 everywhere.
-
-        Those that are on are neighbours in the tensors, in the order of their places: a view serves them, and the same
-        bytes are multiplied in the same way whatever else is held.
-        """
-        wanted = [i for i, name in enumerate(self.names) if name in on]
-        wanted.sort(key=lambda i: self.places[i])
-        if wanted and wanted != list(range(wanted[0], wanted[0] + len(wanted))):
-            self._reorder(wanted + [i for i in range(len(self.names)) if i not in wanted])
-            wanted = list(range(len(wanted)))
+        """Switch on the stacks of `on`, which are neighbours; `weights` (rows, len(on)) or None for 1 everywhere."""
+        wanted = self._wanted(on)
+        assert not wanted or wanted == list(range(wanted[0], wanted[0] + len(wanted))), "segment is not arranged"
         self.on = slice(wanted[0], wanted[-1] + 1) if wanted else slice(0, 0)
         self.row_weights = None
         if weights is not None and wanted:
             columns = [on.index(self.names[i]) for i in wanted]
             self.row_weights = weights[:, columns].to(self.inputs.device, torch.float32)
-
-    @torch.inference_mode(False)  # as in BrainstacksLayer.hold
-    def _reorder(self, order: list[int]) -> None:
-        self._keep(self.inputs[order], self.outputs[order])
-        self.names, self.places = [self.names[i] for i in order], [self.places[i] for i in order]
 
     @property
     def active(self) -> bool:
@@ -174,12 +199,15 @@ def _resized(held: Tensor, kept: Sequence[int], room: int) -> Tensor:
 
 
 class StackBank(nn.Module):
-    """The frozen stacks of one projection."""
+    """The frozen stacks of one projection.
+
+    Its segments, in the order of their numbers, are replaced all at once: an interrupted change leaves the old ones whole,
+    except where stacks were exchanged in place.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.segments = nn.ModuleList()
-        self.numbers: list[int] = []  # of the segments, ascending
         self.observer: Callable[[Tensor], None] | None = None
         self.offload: Offload | None = None
 
@@ -199,7 +227,7 @@ class StackBank(nn.Module):
         if not self.segments:
             return 0, 0
         last = self._segments()[-1]
-        return self.numbers[-1] + (last.shape != shape), max(last.places) + 1
+        return last.number + (last.shape != shape), max(last.places) + 1
 
     def change(
         self,
@@ -209,21 +237,24 @@ class StackBank(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Take stacks out and in, kept as `dtype` on `device`; a segment that changes has no stack on afterwards."""
-        segments = dict(zip(self.numbers, self._segments(), strict=True))
+        segments = {segment.number: segment for segment in self._segments()}
         for number in sorted({*segments, *(stack.segment for stack in new)}):
             mine = [stack for stack in new if stack.segment == number]
             if number not in segments:
                 segments[number] = BankSegment.empty(mine[0], device, dtype, self.offload is not None)
             if mine or any(name in gone for name in segments[number].names):
-                segments[number].change(gone, mine)
-        self.numbers = sorted(number for number, segment in segments.items() if segment.names)
-        self.segments = nn.ModuleList(segments[number] for number in self.numbers)
+                segments[number] = segments[number].changed(gone, mine)
+        self.segments = nn.ModuleList(segment for _, segment in sorted(segments.items()) if segment.names)
         self._changed()
 
     def remove(self, name: str) -> None:
         self.change({name})
 
     def select(self, on: Sequence[str], weights: Tensor | None = None) -> None:
+        """Switch on exactly the stacks of `on`; `weights` (rows, len(on)) or None for 1 everywhere."""
+        arranged = [segment.arranged(on) for segment in self._segments()]
+        if any(new is not old for new, old in zip(arranged, self._segments(), strict=True)):
+            self.segments = nn.ModuleList(arranged)
         for segment in self._segments():
             segment.select(on, weights)
         self._changed()

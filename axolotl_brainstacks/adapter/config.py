@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils.constants import CONFIG_NAME
 from peft.utils.peft_types import PeftType
+
+from axolotl_brainstacks.adapter.folder import check_kind, check_rank, fetch_library
+
+# No trained scale comes near; a larger one would let a stack overflow rows of a batch that do not use it.
+MOST_SCALE = 1e6
 
 
 @dataclass
 class BrainstacksConfig(PeftConfig):
-    """One MoE-LoRA stack per targeted projection (paper section 1), optionally on top of a library of frozen stacks.
+    """One MoE-LoRA stack per targeted projection (arXiv 2604.01152, MoE-LoRA building block), or a library of frozen stacks,
+    or the one on top of the other.
 
     Raises:
-        ValueError: if a rank, expert count, top-k or coefficient is out of range.
+        ValueError: if a value is of a wrong type, or a rank, expert count, top-k, scale or coefficient is out of range.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of each expert."})
@@ -39,35 +47,92 @@ class BrainstacksConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.BRAINSTACKS  # type: ignore[attr-defined]
         for name in ("r", "num_experts", "top_k"):
-            if getattr(self, name) < 1:
+            if self._typed(name, int) < 1:
                 raise ValueError(f"Brainstacks: {name} is {getattr(self, name)}; it must be at least 1")
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"Brainstacks: top_k is {self.top_k} but num_experts is only {self.num_experts}; lower top_k"
             )
-        if not 0 <= self.lora_dropout < 1:
+        for name in ("use_rslora", "noisy_gate", "inference_mode"):
+            self._typed(name, bool)
+        if not 0 <= self._typed("lora_dropout", int | float) < 1:
             raise ValueError(f"Brainstacks: lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
-        if self.balance_coef < 0:
-            raise ValueError(f"Brainstacks: balance_coef is {self.balance_coef}; it must not be negative")
+        if not 0 <= self._typed("balance_coef", int | float) < math.inf:
+            raise ValueError(
+                f"Brainstacks: balance_coef is {self.balance_coef}; it must not be negative, nor infinite or NaN"
+            )
+        if not abs(self._typed("lora_alpha", int | float)) <= MOST_SCALE:
+            raise ValueError(
+                f"Brainstacks: lora_alpha is {self.lora_alpha}; it must be a number of {MOST_SCALE:.0f} at most"
+            )
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            self._names(name, str)
+        self._names("layers_to_transform", int)
+        for name in ("library", "base_model_name_or_path", "revision"):
+            self._typed(name, str | None)
         if isinstance(self.target_modules, list):
             self.target_modules = sorted(set(self.target_modules))
+
+    def _typed(self, name: str, kind: Any) -> Any:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            expected = getattr(kind, "__name__", kind)
+            raise ValueError(f"Brainstacks: {name} is {value!r}; it must be of type {expected}")
+        return value
+
+    def _names(self, name: str, kind: type) -> None:
+        value = getattr(self, name)
+        items = value if isinstance(value, list | set | tuple) else [] if value is None else [value]
+        if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+            raise ValueError(f"Brainstacks: {name} is {value!r}; it must be of type {kind.__name__}, or a list of them")
 
     @property
     def scaling(self) -> float:
         """Factor on an expert's output: rsLoRA's alpha / sqrt(r), or plain alpha / r."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def rows(self) -> int:
+        """Rows of a projection's A matrix: gate, noise, and the experts' ranks."""
+        return 2 * self.num_experts + self.num_experts * self.r
+
+    @classmethod
+    def of_stack(cls, name: str, values: Mapping[str, Any]) -> BrainstacksConfig:
+        """The config of a library's stack, from the content of its file.
+
+        Raises:
+            ValueError: if it is none of a stack, or one of its values is wrong.
+        """
+        known = {part.name for part in fields(cls)}
+        if not isinstance(values, Mapping) or values.get("peft_type") != "BRAINSTACKS" or values.get("library"):
+            raise ValueError(
+                f"Stack {name}: its {CONFIG_NAME} is none of a stack: restore it from a copy of the library"
+            )
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Stack {name}: {CONFIG_NAME} is damaged ({error}): restore it from a copy") from error
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> BrainstacksConfig:
-        """As PEFT's, and makes `library` absolute. A library on the Hub is fetched whole: PEFT would take two files."""
-        config: BrainstacksConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        if config.library is not None:
-            root = Path(pretrained_model_name_or_path)
-            if not root.is_dir():
-                from huggingface_hub import snapshot_download
+        """As PEFT's, and makes `library` absolute. Of a library on the Hub everything that answers need is fetched: PEFT would
+        take two files.
 
-                root = Path(snapshot_download(pretrained_model_name_or_path, revision=kwargs.get("revision")))
-            config.library = str((root / (subfolder or "") / config.library).resolve())
+        Raises:
+            ValueError: if the config stands for a library and names another one, or for nothing; or if a stack's config does
+                not fit the tensors beside it.
+        """
+        config: BrainstacksConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        local = (folder / CONFIG_NAME).is_file()
+        check_kind(config, folder)
+        if config.library is None:
+            check_rank(config, folder)
+        elif local:
+            config.library = str((folder / config.library).resolve())
+        else:
+            options = cls._split_kwargs(kwargs)[0]
+            config.library = fetch_library(config, pretrained_model_name_or_path, subfolder or "", options)
         return config

@@ -1,4 +1,4 @@
-"""Which experts a token uses: noisy top-k gates and the load balance (Shazeer et al. 2017; paper section 1)."""
+"""Which experts a token uses: noisy top-k gates and the load balance (Shazeer et al. 2017; arXiv 2604.01152)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class Gating:
 
 @dataclass
 class BatchTokens:
-    """The tokens of the batch under way, which all layers of a model share.
+    """What all layers of a model share: the tokens of the batch under way, and whether trained stacks compute.
 
     share: (rows, tokens, 1, 1), what each token counts in the load balance: padding nothing; None: all alike.
+    frozen_only: stacks in training are off, all at once.
     """
 
     share: Tensor | None = None
+    frozen_only: bool = False
 
     def look_at(self, mask: Tensor | None) -> None:
         """Take in an attention mask (rows, tokens), 0 at padding; masks of other shapes say nothing about tokens."""

@@ -38,7 +38,8 @@ class OutputProjection(nn.Linear):
 
 
 class BrainstacksLayer(nn.Module, BaseTunerLayer):
-    """``y = W x + sum_frozen delta(x) + delta_active(x)`` over any linear module (paper section 1).
+    """``y = W x + sum_frozen delta(x) + delta_active(x)`` over any linear module (arXiv 2604.01152,
+    MoE-LoRA building block).
 
     Weights of an adapter:
         brainstacks_A: (2 * experts + experts * r, in), rows: gate W_r, noise W_n, the experts' A. One matmul reads x once.
@@ -160,7 +161,12 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         """Memory that a stack takes in the bank."""
         ranks = shape.num_experts * shape.r
         numbers = (shape.num_experts + ranks) * self.in_features + ranks * self.out_features
-        return numbers * self._bank_device_and_dtype()[1].itemsize
+        return numbers * self.bank_dtype.itemsize
+
+    @property
+    def bank_dtype(self) -> torch.dtype:
+        """What frozen stacks are kept as."""
+        return self._bank_device_and_dtype()[1]
 
     def _bank_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype]:
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -174,7 +180,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.bank.active:
             y = self.bank.add_deltas(x, y)
-        if not self.disable_adapters:
+        if not (self.disable_adapters or self.batch.frozen_only):
             for name in self.active_adapters:
                 if name in self.shapes:
                     y = self.add_trained(name, x, y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,18 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.gating import BatchTokens
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.offload import Offload
-from axolotl_brainstacks.adapter.tensors import stack_pairs, stack_tensors
+from axolotl_brainstacks.adapter.selection import FrozenStack, ModelLock, Selection, SelectionState
+from axolotl_brainstacks.adapter.tensors import check_values, is_stack_key, stack_pairs, stack_tensors
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from axolotl_brainstacks.args import FrozenDtype
     from axolotl_brainstacks.inference import Domains, PromptRoute
     from axolotl_brainstacks.library import Library
@@ -33,19 +37,20 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 MODES = ("auto", "routed", "ungated", "base")
 
 
-@dataclass(frozen=True)
-class FrozenStack:
-    """A stack attached to the model: its name in the library and the domain it belongs to."""
-
-    name: str
-    domain: str
-
-
 class BrainstacksModel(BaseTuner):
-    """MoE-LoRA stacks on a frozen base model (paper section 1).
+    """MoE-LoRA stacks on a frozen base model (arXiv 2604.01152, MoE-LoRA building block).
 
     The stack in training is a PEFT adapter. Frozen stacks are buffers of the layers, outside PEFT's set of adapters: they
     are never trained, never in a checkpoint, and stay on when PEFT disables adapters.
+
+    Threads: forwards, `generate`, `route`, `routed`, `using_stacks`, `use_stacks`, `mode`, `disable_adapter`,
+    `attach_stack` and `detach_stack` take the model's `lock`, so each thread computes with the stacks that it chose, one
+    after the other. A block of `with routed(...)` or `with using_stacks(...)` holds the lock: other threads wait until it
+    ends, so a block must not wait for an answer of another thread. What `use_stacks` and `mode` choose holds for all
+    threads. Not guarded: calls of the base model that PEFT wraps (`get_base_model()`), training, moving and copying.
+
+    Interrupts: after an exception, at whatever point, the stacks that were chosen before are on in the next forward. Where
+    memory was being changed, the library's stacks are read anew.
     """
 
     prefix: str = "brainstacks_"
@@ -88,6 +93,11 @@ class BrainstacksModel(BaseTuner):
         """The layer around `module_name`, made if it is not there yet."""
         parent, target, target_name = _get_submodules(self.model, module_name)
         if isinstance(target, BrainstacksLayer):
+            if target.batch is not self._batch:
+                raise ValueError(
+                    f"The base model's {module_name} carries Brainstacks already, of another PeftModel or of a load that "
+                    "failed: load the base model again"
+                )
             return target
         layer = BrainstacksLayer(target, module_name)
         layer._active_adapter = self.active_adapter
@@ -101,14 +111,12 @@ class BrainstacksModel(BaseTuner):
         return layer
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self._stacks: list[FrozenStack] = []
+        self.lock = ModelLock()
+        self.selection = SelectionState()
         self._batch = BatchTokens()
         self._offload: Offload | None = None
         self._frozen_dtype: torch.dtype | None = None
-        self._on: tuple[list[str], Tensor | None] = [], None
-        self._mode = "auto"
-        # Whether `_on` waits to be switched on, and perhaps read from disk, at the next forward.
-        self._pending = False
+        self._settling: RemovableHandle | None = None
         self._library: str | None = None
         self.resident: ResidentStacks | None = None
         self.router: Router | None = None
@@ -119,7 +127,8 @@ class BrainstacksModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, BrainstacksConfig)
         if config.library is not None and config.library != self._library:
-            self._attach_library(config.library, getattr(model.config, "_name_or_path", "") or type(model).__name__)
+            with self.lock:
+                self._attach_library(config.library, getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     def _attach_library(self, path: str, model_name: str) -> None:
         if not Path(path).is_absolute():
@@ -127,19 +136,53 @@ class BrainstacksModel(BaseTuner):
                 f"`library` is {path!r}, which counts from the folder of its {CONFIG_NAME}; load it with "
                 "`PeftModel.from_pretrained(model, folder)`, or make it absolute"
             )
-        if self._stacks:
+        if self.stacks:
             raise ValueError(f"The model has stacks already; attach {path} to a fresh base model")
         from axolotl_brainstacks.library import BaseModelInfo, Library
-        from axolotl_brainstacks.residency import ResidentStacks
+        from axolotl_brainstacks.residency import ResidentStacks, check_root
 
         library = Library.open(path)
+        check_root(library)
         library.manifest.base.check(BaseModelInfo.of(self.model, model_name))
         self.keep_frozen_as(library.manifest.frozen_dtype)
         self.resident = ResidentStacks(self, library)
-        self._stacks = [FrozenStack(entry.name, entry.domain) for entry in library.manifest.active_stacks]
-        self._library = path
-        self.model.get_decoder().register_forward_pre_hook(self._switch_on_pending)
+        self._settle_before_forwards()
+        self.selection.stacks = tuple(FrozenStack(entry.name, entry.domain) for entry in library.manifest.active_stacks)
         self.mode = os.environ.get("BRAINSTACKS_MODE", "auto")
+        self._library = path  # last: only a library that is attached whole counts as attached
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's hook on the tensors of a folder, before any is copied: it would copy into the base model's weights too."""
+        assert isinstance(config, BrainstacksConfig)
+        tuner = getattr(model, "base_model", model)
+        if config.library is not None:
+            if state_dict:
+                raise ValueError(
+                    f"The weights beside an {CONFIG_NAME} that names a library hold {next(iter(state_dict))!r}, but they "
+                    "must be empty, as all weights come from its stacks: restore the file from a copy of the library"
+                )
+            if isinstance(tuner, BrainstacksModel) and tuner._library != config.library:
+                raise ValueError(
+                    f"The library {config.library!r} is not attached, perhaps as its load was interrupted: load the base "
+                    "model and the library again"
+                )
+        elif foreign := [key for key in state_dict if not is_stack_key(key)]:
+            embeddings = _embedding_keys(model) if not config.inference_mode else set()
+            if unknown := [key for key in foreign if key not in embeddings]:
+                raise ValueError(
+                    f"The adapter's weights hold {unknown[0]!r}, which is no tensor of a stack and would replace a weight "
+                    "of the base model: restore the file from a copy"
+                )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        base = super()._unload_and_optionally_merge(*args, **kwargs)
+        if self._settling is not None:
+            self._settling.remove()
+        return base
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -157,7 +200,7 @@ class BrainstacksModel(BaseTuner):
     @property
     def stacks(self) -> list[FrozenStack]:
         """The attached frozen stacks, oldest first."""
-        return list(self._stacks)
+        return list(self.selection.stacks)
 
     def offload_frozen(self) -> None:
         """Keep frozen stacks in CPU memory from here on; a layer's are copied to the GPU while the one before computes.
@@ -194,50 +237,69 @@ class BrainstacksModel(BaseTuner):
             ValueError: if a tensor is unknown, has no partner, or does not fit the model, or the name is attached; then
                 nothing of it stays.
         """
-        if name in [stack.name for stack in self._stacks]:
-            raise ValueError(f"Stack {name} is attached already")
-        if self.resident is not None:
-            self._select(None)  # a stack on top of a library comes after all of it
-        pairs = stack_pairs(name, tensors)
-        self._stacks.append(FrozenStack(name, domain))
-        try:
-            for module_name, (a, b) in pairs.items():
-                self.projection(name, module_name).attach(name, config, a, b)
-        except ValueError:
-            self.detach_stack(name)
-            raise
-        self._select(None)
+        with self.lock:
+            if name in [stack.name for stack in self.stacks]:
+                raise ValueError(f"Stack {name} is attached already")
+            pairs = stack_pairs(name, tensors)
+            check_values(f"Stack {name}", tensors, self._frozen_dtype)
+            self._settle_before_forwards()
+            if self.resident is not None:
+                self._switch_to(self._selection(None))  # a stack on top of a library comes after all of it
+            self._take_out(name)  # what an interrupted call has left
+            try:
+                for module_name, (a, b) in pairs.items():
+                    self.projection(name, module_name).attach(name, config, a, b)
+            except BaseException:
+                self._take_out(name)
+                raise
+            self._now_attached((*self.stacks, FrozenStack(name, domain)))
 
     def projection(self, stack: str, module_name: str) -> BrainstacksLayer:
         """The wrapped projection that a stack covers. Raises ValueError if the model has none of that name."""
         try:
             return self._wrapped(module_name)
         except AttributeError as error:
-            raise ValueError(f"Stack {stack}: the base model has no module {module_name}") from error
+            raise ValueError(f"Stack {stack}: the base model has no module {module_name!r}") from error
 
     def detach_stack(self, name: str) -> None:
         """Remove a frozen stack, and switch all others on."""
-        for layer in self.layers():
-            layer.bank.remove(name)
-        self._stacks = [stack for stack in self.stacks if stack.name != name]
+        with self.lock:
+            self._now_attached(tuple(stack for stack in self.stacks if stack.name != name))
+            self._take_out(name)
+            self._settle()
+
+    def _now_attached(self, stacks: tuple[FrozenStack, ...]) -> None:
+        on = Selection(tuple(stack.name for stack in stacks), mode=self.mode)
+        # In one statement, which no signal splits.
+        self.selection.stacks, self.selection.wanted = stacks, on
+        self._settle()
+
+    def _take_out(self, name: str) -> None:
+        self.selection.applied = None
         if self.resident is not None:
             self.resident.forget(name)
-        self._select(None)
+        for layer in self.layers():
+            layer.bank.remove(name)
 
     def use_stacks(self, names: Sequence[str] | None, weights: Tensor | None = None) -> None:
-        """Switch on exactly the frozen stacks `names` (None: all); the trainable stack is not touched.
+        """Switch on exactly the frozen stacks `names` (None: all), for all threads; the trainable stack is not touched.
 
         Args:
             weights: (rows, len(names)) factor of each stack's output for each row of the batch, None for 1; one row
                 serves any batch. A stack of weight 0 in every row is off: it costs nothing.
 
         Raises:
-            ValueError: if a name is not attached, or `weights` has another shape.
+            ValueError: if a name is not attached, `weights` has another shape or is not finite, or a stack cannot be read.
         """
-        self._select(names, weights)
-        self._mode = "chosen"
+        with self.lock:
+            selection = self._selection(names, weights, "chosen")
+            self._switch_to(selection)
+            self.selection.wanted = selection
 
-    def _select(self, names: Sequence[str] | None, weights: Tensor | None = None) -> None:
+    def _selection(
+        self, names: Sequence[str] | None, weights: Tensor | None = None, mode: str | None = None
+    ) -> Selection:
+        """What `use_stacks` is to do; stacks of weight 0 are left out."""
         known = [stack.name for stack in self.stacks]
         names = known if names is None else list(names)
         if unknown := [name for name in names if name not in known]:
@@ -247,35 +309,51 @@ class BrainstacksModel(BaseTuner):
                 raise ValueError(
                     f"`weights` has shape {tuple(weights.shape)}; {len(names)} stacks need (rows, {len(names)})"
                 )
+            if not weights.isfinite().all():
+                raise ValueError(f"`weights` for {', '.join(names)} are not finite; a row would spoil all others")
             used = weights.ne(0).any(0).tolist()
             names, weights = [name for name, use in zip(names, used, strict=True) if use], weights[:, used]
+        return Selection(tuple(names), weights, mode or self.mode)
+
+    def _switch_to(self, selection: Selection) -> None:
+        self.selection.applied = None
         if self.resident is not None:
-            self.resident.ensure(names)
+            self.resident.ensure(selection.names)
         for layer in self.layers():
-            layer.bank.select(names, weights)
-        self._on, self._pending = (names, weights), False
+            layer.bank.select(selection.names, selection.weights)
+        self.selection.applied = selection
+
+    def _settle(self, *_: Any) -> None:
+        """Set the layers to what is wanted, unless they are: stacks may have to be read from disk."""
+        if not self.selection.settled:
+            with self.lock:
+                self._switch_to(self.selection.wanted)
+
+    def _settle_before_forwards(self) -> None:
+        """Also before those that do not come through this module, as `generate`'s."""
+        if self._settling is None:
+            decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model
+            self._settling = decoder.register_forward_pre_hook(self._settle)
 
     @contextmanager
     def using_stacks(self, names: Sequence[str] | None, weights: Tensor | None = None) -> Iterator[None]:
-        """`use_stacks` for a while; afterwards the stacks that were on before are on again, with their weights."""
-        before = self._on, self._mode
-        self.use_stacks(names, weights)
-        try:
-            yield
-        finally:
-            self._return_to(*before)
+        """`use_stacks` for a while; afterwards the stacks that were on before are on again, with their weights.
 
-    def _return_to(self, on: tuple[list[str], Tensor | None], mode: str) -> None:
-        """With a library behind the model this must read nothing from disk: perhaps no forward will need it."""
+        Forwards of other threads wait until the block ends.
+        """
+        with self.lock:
+            before = self.selection.wanted
+            try:
+                self.use_stacks(names, weights)
+                yield
+            finally:
+                self.selection.wanted = before
+            self._settle_if_free()
+
+    def _settle_if_free(self) -> None:
+        """With a library behind the model nothing must be read from disk now: perhaps no forward will need it."""
         if self.resident is None:
-            self._select(*on)
-        else:
-            self._on, self._pending = on, True
-        self._mode = mode
-
-    def _switch_on_pending(self, *_: Any) -> None:
-        if self._pending:
-            self._select(*self._on)
+            self._settle()
 
     # Answers; see inference.py
 
@@ -287,18 +365,26 @@ class BrainstacksModel(BaseTuner):
         routed: both route. ungated: all stacks on in both. base: none.
         Reads "chosen" after `use_stacks`. The environment variable BRAINSTACKS_MODE is what a loaded library starts with.
         """
-        return self._mode
+        return self.selection.wanted.mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
         if mode not in MODES:
             raise ValueError(f"mode (or BRAINSTACKS_MODE) is {mode!r}; it must be one of {', '.join(MODES)}")
-        self._return_to(([] if mode == "base" else [stack.name for stack in self._stacks], None), mode)
+        with self.lock:
+            self.selection.wanted = self._selection([] if mode == "base" else None, mode=mode)
+            self._settle_if_free()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # no lock can be compiled
+            return self._forward(*args, **kwargs)
+        with self.lock:
+            return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:
             self._batch.look_at(kwargs.get("attention_mask"))
-        if self._mode != "routed":
+        if self.mode != "routed":
             return super().forward(*args, **kwargs)
         from axolotl_brainstacks import inference
 
@@ -336,21 +422,21 @@ class BrainstacksModel(BaseTuner):
         """Hold the routes of these prompts, or those of `domains`, for every forward inside: one a row, or one for all."""
         from axolotl_brainstacks import inference
 
-        routes = inference.routes_for(self, prompts, attention_mask, tokenizer, domains)
-        with self.using_stacks(*inference.stack_weights(self, routes)):
-            yield routes
+        with self.lock:
+            routes = inference.routes_for(self, prompts, attention_mask, tokenizer, domains)
+            with self.using_stacks(*inference.stack_weights(self, routes)):
+                yield routes
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """As PeftModel's, for callers that have only the tuner: the trainable stack is off for a while."""
-        before = {layer: layer.disable_adapters for layer in self.layers()}
-        try:
-            for layer in before:
-                layer._disable_adapters = True
-            yield
-        finally:
-            for layer, disabled in before.items():
-                layer._disable_adapters = disabled
+        with self.lock:
+            before = self._batch.frozen_only
+            try:
+                self._batch.frozen_only = True
+                yield
+            finally:
+                self._batch.frozen_only = before
 
     # The stack in training
 
@@ -376,6 +462,12 @@ class BrainstacksModel(BaseTuner):
                 b.basis = None if basis is None else basis.to(a.weight.device, torch.float32)
 
 
+def _embedding_keys(model: nn.Module) -> set[str]:
+    """What PEFT adds to the checkpoint of a model whose vocabulary was resized."""
+    layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    return {f"{name}.weight" for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
 def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -> None:
     """Attach all stacks of `library`, oldest first, those of a domain that is being trained again among them.
 
@@ -386,8 +478,18 @@ def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -
 
     library.manifest.base.check(BaseModelInfo.of(tuner.model, model_name))
     for entry in library.manifest.stacks:
-        config = BrainstacksConfig.from_pretrained(str(library.stack_path(entry.name)))
+        config = BrainstacksConfig.of_stack(entry.name, library.stack_config(entry.name))
         tuner.attach_stack(entry.name, entry.domain, config, library.stack_tensors(entry.name))
+
+
+def stand_for_library(model: PeftModel, adapter: str, base_model: str, library: str) -> None:
+    """Make what `save_pretrained` writes a folder that stands for `library`: without the stack in training, and without the
+    embeddings that PEFT adds where the vocabulary was resized, as no weight but a stack's comes from a library."""
+    assert isinstance(model.base_model, BrainstacksModel)
+    for layer in model.base_model.layers():
+        layer.delete_adapter(adapter)
+    model.peft_config[adapter] = library_config(base_model, library)
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
 
 
 def library_config(base_model: str, library: str) -> BrainstacksConfig:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_brainstacks import replacement
-from axolotl_brainstacks.adapter.model import library_config
+from axolotl_brainstacks.adapter.model import library_config, stand_for_library
 from axolotl_brainstacks.curriculum.build import TRAINED, relative_library, tuner
 from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.curriculum.forgetting import Measured, forgetting_row
@@ -255,11 +255,8 @@ class CurriculumRunner:
     def _become_a_reference(self) -> None:
         """Drop the fresh stack: what Axolotl saves into output_dir is a PEFT folder that points at the library."""
         self.tuner.use_stacks(None)
-        for layer in self.tuner.layers():
-            layer.delete_adapter(TRAINED)
-        self.model.peft_config[TRAINED] = library_config(
-            self.plan.raw["base_model"], relative_library(self.plan, self.output_dir)
-        )
+        library = relative_library(self.plan, self.output_dir)
+        stand_for_library(self.model, TRAINED, self.plan.raw["base_model"], library)
 
 
 def summary(entry: DomainEntry) -> str:

@@ -36,13 +36,15 @@ def base_features(
     """
     rows = [ids[mask][-max_tokens:] for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
     ids, mask = pad_right(rows)
-    was_training = model.training
-    model.eval()
     with tuner.using_stacks([]), model.disable_adapter():
-        output = tuner.model.get_decoder()(
-            input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, return_dict=True
-        )
-    model.train(was_training)
+        was_training = model.training
+        try:
+            model.eval()
+            output = tuner.model.get_decoder()(
+                input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, return_dict=True
+            )
+        finally:
+            model.train(was_training)
     layers = output.hidden_states
     middle, last = (states.to(mask.device).float() for states in (layers[len(layers) // 2], output.last_hidden_state))
     return MIDDLE_SHARE * middle + LAST_SHARE * last, mask

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from torch import Tensor
 
+from axolotl_brainstacks.adapter.tensors import check_values
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
 from axolotl_brainstacks.routing.features import MAX_TOKENS
 from axolotl_brainstacks.routing.gate import gate
 from axolotl_brainstacks.routing.network import OutcomeRouter
-from axolotl_brainstacks.storage import json_to_bytes, load_tensors, problem_of, tensors_to_bytes
+from axolotl_brainstacks.storage import json_to_bytes, problem_of, record_of, tensors_to_bytes
 
 CONFIG = "router/router_config.json"
 WEIGHTS = "router/router.safetensors"
@@ -28,10 +32,10 @@ class RouterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     domains: list[str]
-    features: int
-    width: int
-    dropout: float
-    max_tokens: int = MAX_TOKENS
+    features: int = Field(ge=1)
+    width: int = Field(ge=2)
+    dropout: float = Field(ge=0, lt=1)
+    max_tokens: int = Field(default=MAX_TOKENS, ge=1)
     gate: GateArgs
 
 
@@ -81,7 +85,15 @@ class Router:
         """The route of every row: `hidden` (rows, tokens, features) and `mask` (rows, tokens) of `base_features`.
 
         The network is moved to the features' device once.
+
+        Raises:
+            ValueError: if the router was fitted on features of another width.
         """
+        if hidden.shape[-1] != self.config.features:
+            raise ValueError(
+                f"The router reads {self.config.features} features a token, but the model has {hidden.shape[-1]}: run "
+                "`axolotl brainstacks-router` on its YAML again"
+            )
         self.network.to(hidden.device).eval()
         probabilities = self.network(hidden, mask).sigmoid()
         weights, uncovered = gate(probabilities, self.domains, self.config.gate)
@@ -106,7 +118,8 @@ class Router:
         """The library's router, on the CPU.
 
         Raises:
-            ValueError: if there is none, it is stale, knows other domains than the library, or its files are damaged.
+            ValueError: if there is none, it is stale, knows other domains than the library or has them in another order, or
+                its files are damaged, unlisted or do not fit each other.
         """
         mend = "run `axolotl brainstacks-router` on its YAML"
         entry, domains = library.manifest.router, routable_domains(library.manifest)
@@ -114,25 +127,59 @@ class Router:
             raise ValueError(f"{library.path} has no router: {mend}")
         if entry.stale:
             raise ValueError(f"the router of {library.path} is stale, its domains have changed since: {mend} again")
-        if set(entry.domains) != set(domains):
+        if entry.domains != domains:
             raise ValueError(
-                f"the router of {library.path} knows {', '.join(entry.domains)}, but the library has "
+                f"the router of {library.path} knows {', '.join(entry.domains) or 'no domain'}, but the library has "
                 f"{', '.join(domains) or 'no finished domain'}: {mend} again"
             )
-        for file, record in entry.files.items():
-            if problem := problem_of(library.path / file, record):
-                raise ValueError(f"{problem}: {mend} again")
         try:
-            config = RouterConfig.model_validate(json.loads((library.path / CONFIG).read_bytes()))
-            router = cls.fresh(config, seed=0)
-            router.network.load_state_dict(load_tensors(library.path / WEIGHTS))
-        except (OSError, ValidationError, RuntimeError) as error:
-            raise ValueError(f"the router of {library.path} was written by another version: {mend} again") from error
+            config, weights = (_listed(library.path, entry, file) for file in (CONFIG, WEIGHTS))
+            return cls._of(config, weights, domains)
+        except _Damaged as error:
+            raise ValueError(f"{error}: {mend} again") from error
+        # ValidationError and most others are ValueErrors; safetensors and deep JSON have their own.
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"the router of {library.path} is damaged or was written by another version ({error!r}): {mend} again"
+            ) from error
+
+    @classmethod
+    def _of(cls, config: bytes, weights: bytes, domains: list[str]) -> Router:
+        """The router of two files. Nothing is made of a size that is not the weights' own."""
+        settings = RouterConfig.model_validate(json.loads(config))
+        tensors = safetensors.torch.load(weights)
+        check_values("The router", tensors)
+        if settings.domains != domains:
+            raise _Damaged(f"{CONFIG} is of the domains {', '.join(map(repr, settings.domains))}, not the library's")
+        found = [list(tensors[name].shape) for name in ("project.weight", "domain_queries") if name in tensors]
+        if found != [[settings.width, settings.features], [len(domains), settings.width]]:
+            raise ValueError(f"{WEIGHTS} has other shapes than {CONFIG} says")
+        if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+            raise ValueError(f"{WEIGHTS} is not in fp32")
+        router = cls.fresh(settings, seed=0)
+        router.network.load_state_dict(tensors)
         return router
 
 
+class _Damaged(Exception):
+    """A file of the router that is not what the manifest lists."""
+
+
+def _listed(folder: Path, entry: RouterEntry, file: str) -> bytes:
+    """The content of a file, which is what the manifest lists."""
+    path, record = folder / file, entry.files.get(file)
+    if record is None:
+        raise _Damaged(f"{path} is not listed in the manifest")
+    if problem := problem_of(path, record, verify=False):
+        raise _Damaged(problem)
+    data = path.read_bytes()
+    if record_of(data) != record:
+        raise _Damaged(f"{path} is altered (its SHA-256 differs from the manifest's)")
+    return data
+
+
 def spread(weights: Tensor, domains: list[str], stacks: Iterable[Stack]) -> tuple[list[str], Tensor]:
-    """A domain's weight goes to all of its stacks (arXiv 2604.01152, inference).
+    """A domain's weight goes to all of its stacks (arXiv 2604.01152, per-prompt domain weights).
 
     Args:
         weights: (rows, domains), in the order of `domains`.

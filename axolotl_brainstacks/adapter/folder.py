@@ -1,0 +1,106 @@
+"""A PEFT folder of ours: whether it is one stack or stands for a library, and that its two files say the same.
+
+All is checked before PEFT makes or copies anything by what the folder says.
+"""
+
+from __future__ import annotations
+
+import glob
+import inspect
+import posixpath
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from axolotl_brainstacks.adapter.config import BrainstacksConfig
+
+MANIFEST = "manifest.json"
+# The files of a library that answers need.
+NEEDED = (
+    *(MANIFEST, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
+    *(f"stacks/*/{file}" for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)),
+    *("router/router_config.json", "router/router.safetensors"),
+)
+
+
+def check_kind(config: BrainstacksConfig, folder: Path) -> None:
+    """A stack's config has targets. One that stands for a library has none, and names its own folder if that is a library.
+
+    Raises:
+        ValueError: otherwise: the model would be the base alone, have a stack that no route chooses, or another library.
+    """
+    file, is_library = folder / CONFIG_NAME, (folder / MANIFEST).is_file()
+    mend = "restore the file from a copy, or run `axolotl train` on its YAML again, which writes it anew"
+    if config.library is None:
+        if is_library or config.target_modules == DUMMY_TARGET_MODULES:
+            raise ValueError(f"{file} stands for a library, but has no key `library`: {mend}")
+        return
+    if config.target_modules != DUMMY_TARGET_MODULES:
+        raise ValueError(
+            f"{file} names a library, so `target_modules` must be {DUMMY_TARGET_MODULES!r}, but is "
+            f"{config.target_modules!r}, a stack that no route chooses: {mend}"
+        )
+    if config.task_type != "CAUSAL_LM":
+        raise ValueError(
+            f"{file} names a library, so `task_type` must be 'CAUSAL_LM', but is {config.task_type!r}: {mend}"
+        )
+    if is_library and config.library != ".":
+        raise ValueError(f"{file} lies in a library, so `library` must be '.', but is {config.library!r}: {mend}")
+
+
+def check_rank(config: BrainstacksConfig, folder: Path) -> None:
+    """PEFT makes a stack of the size that the config says; the tensors beside it say how large it may be.
+
+    Raises:
+        ValueError: if the two differ.
+    """
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
+        return
+    try:
+        with safe_open(weights, "pt") as file:
+            sides = [key for key in file.keys() if "brainstacks_A" in key]  # noqa: SIM118
+            found = {file.get_slice(key).get_shape()[0] for key in sides}
+    except (SafetensorError, IndexError) as error:
+        raise ValueError(f"{weights} is damaged ({error}): restore it from a copy") from error
+    if found - {config.rows}:
+        raise ValueError(
+            f"{weights} holds A matrices of {min(found - {config.rows})} rows, but r {config.r} and num_experts "
+            f"{config.num_experts} in its {CONFIG_NAME} make {config.rows}: restore both files from a copy"
+        )
+
+
+def fetch_library(config: BrainstacksConfig, repository: str, subfolder: str, options: Mapping[str, Any]) -> str:
+    """Fetch what answers need of the library that `config`, in `subfolder` of a Hub repository, names.
+
+    Args:
+        options: of `hf_hub_download`, such as revision, token and cache_dir.
+
+    Returns:
+        its folder here.
+
+    Raises:
+        ValueError: if the library lies outside of the repository, or as `check_kind`.
+    """
+    from huggingface_hub import snapshot_download
+
+    assert config.library is not None
+    inside = posixpath.normpath(posixpath.join(subfolder, config.library))
+    if inside.startswith(("..", "/")):
+        raise ValueError(
+            f"{repository}: `library` in its {CONFIG_NAME} is {config.library!r}, outside of the repository: load the "
+            "library's own folder"
+        )
+    known = inspect.signature(snapshot_download).parameters
+    wanted = [posixpath.normpath(posixpath.join(glob.escape(inside), file)) for file in NEEDED]
+    root = snapshot_download(
+        repository,
+        allow_patterns=[*wanted, posixpath.join(glob.escape(subfolder), MANIFEST)],
+        **{key: value for key, value in options.items() if key in known},
+    )
+    check_kind(config, Path(root, subfolder))
+    return str(Path(root, inside).resolve())
