@@ -85,7 +85,7 @@ def test_peft_answers_with_all_of_the_domain(run: tuple[dict[str, Any], Path], l
     base = AutoModelForCausalLM.from_pretrained(run[0]["base_model"], dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(library.path)).eval()
     with loaded.base_model.routed(domains={"chat": 1.0}):
-        assert loaded.base_model._on[0] == ["s001_chat", "s002_chat", "s003_chat"]
+        assert loaded.base_model.selection.wanted.names == ("s001_chat", "s002_chat", "s003_chat")
 
 
 def test_other_kinds_of_preference_learning(tiny_llama_dir: Path, tmp_path: Path) -> None:
