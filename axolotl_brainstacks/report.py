@@ -44,8 +44,11 @@ token on each domain's validation rows, in nats.</p>
 <table><tr><th>domain<th>base<th>round<th>before<th>after<th>steps<th>ended<th>kept<th>null space</tr>
 {% for domain in manifest.domains %}{% for round in domain.rounds %}
 <tr><td>{{ domain.name }}<td class="n">{{ "%.4f" | format(domain.base_loss) }}<td class="n">{{ round.round }}
+{% if round.rl %}({{ round.rl }}{% if round.objective_after is not none %}, held-out objective
+{{ "%.4f" | format(round.objective_before) }} to {{ "%.4f" | format(round.objective_after) }}{% endif %}){% endif %}
 <td class="n">{{ "%.4f" | format(round.loss_before) }}<td class="n">{{ "%.4f" | format(round.loss_after) }}
-<td class="n">{{ round.steps }}<td>{{ round.stop_reason }}<td>{{ "yes" if round.kept else "no" }}
+<td class="n">{{ round.steps }}<td>{{ round.stop_reason }}
+<td>{{ "yes" if round.kept else "no: " ~ (round.dropped or "it did not help") }}
 <td>{% set held = domain.constraint or domain.nullspace %}{% if held %}{{ held.columns }} columns hold
 {{ "%.2f" | format(100 * held.energy) }} % of other domains' output energy,
 {{ "%.0f" | format(100 * held.capacity_left) }} % is left{% endif %}</tr>

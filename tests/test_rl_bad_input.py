@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from preferences import labelled, pairs
 from test_bad_input import assert_refused, config, last_domain, start, trained  # noqa: F401
+
+from axolotl_brainstacks.args import BrainstacksBlock
+from axolotl_brainstacks.curriculum.overlay import check_overlay
 
 REWARDS = {"reward_funcs": ["axolotl_brainstacks.rewards.numeric_answer"], "num_generations": 2}
 ENTRY = r"rl_rounds\[0\] of domain `math`"
@@ -102,3 +106,13 @@ def test_what_is_right_is_accepted(config: dict[str, Any], tmp_path: Path) -> No
     grpo = {"rl": "grpo", "trl": REWARDS, **questions(tmp_path, answer="1")}
     last_domain(rl_rounds=[{"rl": "dpo", **pairs(tmp_path)}, grpo])(config)
     start(config)
+
+
+def test_the_readme_shows_a_domain_that_is_accepted() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (shown,) = [part for part in readme.split("```") if part.startswith("yaml") and "rl_rounds" in part]
+    block = BrainstacksBlock.parse({"domains": yaml.safe_load(shown.removeprefix("yaml"))})
+    (math,) = block.curriculum
+    check_overlay(math)
+    assert [entry.rl for entry in math.rl_rounds] == ["dpo", "grpo"]
+    assert block.settings_of("math").boosting.max_rounds == 3
