@@ -76,7 +76,7 @@ def every_change(library: Library) -> Iterator[None]:
     yield library.add_stack("law", 2, CONFIG, tensors, a_round(2)) and None
     yield library.finish_domain("law") and None
     yield library.replace_domain("law") and None
-    yield library.renew_validation("law", 3.5, b"other rows")
+    yield library.renew_validation("law", 3.5, b"other rows", 1)
     yield library.add_stack("law", 1, CONFIG, tensors, a_round()) and None
     yield library.finish_domain("law") and None
     record = library.write_file("router/router.safetensors", b"new")

@@ -97,7 +97,7 @@ def test_undo_puts_everything_back(library: Library, stacks: int) -> None:
     before = library.manifest
     with library.writing():
         library.replace_domain("code")
-        library.renew_validation("code", 3.5, b"other rows")
+        library.renew_validation("code", 3.5, b"other rows", 1)
         for number in range(1, stacks + 1):
             new_stack(library, "code", number)
         library.undo_replacement("code")
@@ -110,7 +110,7 @@ def test_undo_puts_everything_back(library: Library, stacks: int) -> None:
 def test_other_validation_rows_stand_beside_the_old_ones_until_the_end(library: Library) -> None:
     with library.writing():
         library.replace_domain("code")
-        library.renew_validation("code", 3.5, b"other rows")
+        library.renew_validation("code", 3.5, b"other rows", 1)
         assert library.validation("code") == b"other rows" and library.verify() == []
         before = library.manifest.domain("code").before
         assert before is not None and library.validation_of(before) == b"rows of code"
