@@ -73,8 +73,8 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
         non_finite: whether NaN and infinite numbers are allowed, as Python writes them.
 
     Raises:
-        ValueError: for malformed JSON, a key that an object has twice, nesting deeper than `MAX_DEPTH`, or a number that
-            is not finite.
+        ValueError: for malformed JSON, text that is not Unicode, a key that an object has twice, nesting deeper than
+            `MAX_DEPTH`, or a number that is not finite.
     """
 
     def finite(text: str) -> float:
@@ -83,7 +83,10 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
         return number
 
     try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_float=finite, parse_constant=finite)
+        text = data if isinstance(data, str) else data.decode()
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=finite, parse_constant=finite)
+        if "\\u" in text:  # half of a character can be written as an escape, and nowhere again
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:

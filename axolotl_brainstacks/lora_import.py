@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +47,8 @@ _TAKEN_OVER = {
 # A factor of zero would be an adapter that does nothing.
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # PEFT matches `alpha_pattern` as regular expressions, which can take for ever.
-_MOST_PATTERNS, _LONGEST_PATTERN, _SECONDS = 10_000, 1_000, 1.0
+_MOST_REPEATS = 10_000
+_MOST_PATTERNS, _LONGEST_PATTERN, _SECONDS = 10_000, 1_000, 5.0
 # Others change the base model's weights when they start.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -119,7 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, value in config.items():
         if key not in _TAKEN_OVER and value and value != defaults.get(key):
             raise ValueError(
-                f"{path}: `{printable(key)}` is {_shown(value)}, and a stack cannot do that; train without it"
+                f"{path}: `{printable(key)}` is {_shown(json.dumps(value))}, and a stack cannot do that; train without it"
             )
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
         raise ValueError(
@@ -136,7 +139,7 @@ def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         ValueError: naming a tensor that is none of these, is not finite, or has no partner.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} is missing; an adapter in another format has to be saved as safetensors first")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
@@ -176,7 +179,7 @@ def stack_of(
     rank = max(a.shape[0] for a, _ in pairs.values())
     rslora, alpha = bool(config.get("use_rslora")), float(config["lora_alpha"])
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
-    patterns = {key: _pattern(key) for key in alphas}
+    keys = _alpha_keys(list(alphas), list(pairs))
 
     def divisor(r: int) -> float:
         return math.sqrt(r) if rslora else r
@@ -195,7 +198,7 @@ def stack_of(
     )
     stack = {}
     for module_name, (a, b) in pairs.items():
-        key = next((key for key, pattern in patterns.items() if _matches(pattern, module_name)), None)
+        key = keys.get(module_name)
         scale = (alpha if key is None else alphas[key]) / divisor(a.shape[0])
         missing = rank - a.shape[0]
         gate_and_noise = torch.zeros(2, a.shape[1])
@@ -211,27 +214,43 @@ def _pattern(key: str) -> regex.Pattern[str]:
     try:
         if len(key) > _LONGEST_PATTERN:
             raise ValueError(f"longer than {_LONGEST_PATTERN} characters")
-        return regex.compile(rf"(.*\.)?({key})$")
-    except (regex.error, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        # Compiling writes repeats out, those of repeats too.
+        counts = [int(number) for number in re.findall(r"\{(?:\d*,)?(\d{1,4})\}", key)]
+        if key.count("{") != len(counts) or math.prod(counts) > _MOST_REPEATS:
+            raise ValueError(f"more than {_MOST_REPEATS} repeats are counted, or not as {{1,3}}")
+        re.compile(whole := rf"(.*\.)?({key})$")  # as PEFT does; the other one takes more
+        return regex.compile(whole)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"`alpha_pattern` has the key `{printable(key[:100])}`, which is no regular expression that can be used ({error}); "
             "name modules there"
         ) from error
 
 
-def _matches(pattern: regex.Pattern[str], module_name: str) -> bool:
-    try:
-        return pattern.match(module_name, timeout=_SECONDS) is not None
-    except TimeoutError as error:
-        raise ValueError(
-            f"`alpha_pattern` has the key `{printable(pattern.pattern[:100])}`, which takes longer than {_SECONDS:g} s to be "
-            "matched; name modules there"
-        ) from error
+def _alpha_keys(keys: Sequence[str], module_names: Sequence[str]) -> dict[str, str]:
+    """The first key of `alpha_pattern` that each module's name matches, as in PEFT; those without are left out."""
+    patterns = {key: _pattern(key) for key in keys}
+    end, found = time.monotonic() + _SECONDS, {}
+    for name, (key, pattern) in product(module_names, patterns.items()):
+        if name in found:
+            continue
+        try:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if pattern.match(name, timeout=left):
+                found[name] = key
+        except TimeoutError as error:
+            raise ValueError(
+                f"`alpha_pattern` with keys such as `{printable(key[:100])}` takes longer than {_SECONDS:g} s to be matched; "
+                "name modules there"
+            ) from error
+    return found
 
 
 def _shown(value: Any) -> str:
     """A value of a config, for an error."""
-    return printable(value if isinstance(value, str) else json.dumps(value))[:200]
+    return printable(value)[:200]
 
 
 def _load_base(folder: Path, name: str | None, revision: str | None) -> PreTrainedModel:

@@ -104,7 +104,9 @@ def test_sizes_are_bounded(tmp_path: Path) -> None:
         (f"[{'9' * 5000}]", "integer string conversion"),
         ("", "JSONDecodeError"),
         ("[\x1b]", "JSONDecodeError"),
-        (b"\xff\xfe\x00", "Error"),
+        (b"\xff\xfe\x00", "UnicodeDecodeError"),
+        (b'["\xed\xa0\x80"]', "UnicodeDecodeError"),
+        ('["\\ud800"]', "UnicodeEncodeError"),
     ],
 )
 def test_json_that_is_refused(text: str | bytes, reason: str) -> None:
@@ -116,6 +118,7 @@ def test_json_that_is_refused(text: str | bytes, reason: str) -> None:
 def test_json_that_is_read(tmp_path: Path) -> None:
     value = {"a": [1, 2.5, None, True, "x"], "b": {"c": []}}
     assert parse_json(json.dumps(value)) == value
+    assert parse_json(r'["\u00e9\ud83d\ude00"]') == ["é😀"]
     nested = parse_json("[" * 32 + "]" * 32)
     assert json.dumps(nested) == "[" * 32 + "]" * 32
     assert parse_json("[NaN, Infinity]", non_finite=True)[1] == float("inf")
