@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
+from models import base_config
 from random_library import CONFIG, a_domain, a_round, alter_a_byte, some_tensors, truncate, weights
 from random_library import library as library
 from test_library import edited
 from test_library_command import run
 
 from axolotl_brainstacks import cli
+from axolotl_brainstacks.args import BrainstacksBlock
+from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.manifest import RouterEntry
 from axolotl_brainstacks.report import FORGETTING, PAGE, ROUTER_CHART, write_report
@@ -366,6 +370,33 @@ def test_a_pinned_library_is_the_one_that_was_seen(library: Library, monkeypatch
     assert "get the library that was pinned" in run(library, "verify", "--against", pin).output
     for wrong in ("", "x" * 64, pin.upper(), pin[:12]):
         assert "64 digits" in run(library, "verify", "--against", wrong).output
+
+
+def test_the_yaml_pins_a_library_before_anything_is_loaded(library: Library, tmp_path: Path) -> None:
+    def pinned(path: Path, sha256: str) -> Plan:
+        return Plan({}, BrainstacksBlock(domain="law", library_sha256=sha256), path, inference=False)
+
+    def config(sha256: str) -> DictDefault:
+        block = {"library": str(library.path), "library_sha256": sha256, "domain": "law"}
+        keys = {"datasets": [{"path": "x", "type": "alpaca"}], "inference": True}
+        return DictDefault(
+            base_config(Path("/nowhere"), tmp_path / "out", adapter="brainstacks", brainstacks=block) | keys
+        )
+
+    pin = Library.open(library.path).sha256
+    plan = pinned(library.path, pin)
+    plan.check_same_library()
+    assert plan._done_domains() == set()
+    Plan.prepare(config(pin))
+    with library.writing():
+        library.update_domain("chat", done=True)
+    for action in (plan.check_same_library, plan._done_domains, lambda: Plan.prepare(config(pin))):
+        with pytest.raises(ValueError, match=r"brainstacks\.library_sha256.*get the library that was pinned"):
+            action()
+    with pytest.raises(ValueError, match="is not a library"):
+        pinned(tmp_path / "new", pin)._done_domains()
+    with pytest.raises(ValueError, match="library_sha256"):
+        BrainstacksBlock.parse({"domain": "law", "library_sha256": pin[:12]})
 
 
 def test_verify_says_what_it_does_not_cover(library: Library) -> None:
