@@ -8,7 +8,8 @@ from torch import Tensor
 from axolotl_brainstacks import replacement
 from axolotl_brainstacks.args import FrozenDtype
 from axolotl_brainstacks.guarded import load_tensors, parse_json, printable
-from axolotl_brainstacks.library_folder import CONFIG, STAGE, WEIGHTS, LibraryFolder
+from axolotl_brainstacks.library_folder import CONFIG, STAGE, WEIGHTS
+from axolotl_brainstacks.library_records import LibraryRecords
 from axolotl_brainstacks.manifest import BaseModelInfo as BaseModelInfo
 from axolotl_brainstacks.manifest import (
     DomainEntry,
@@ -28,7 +29,7 @@ from axolotl_brainstacks.storage import (
 )
 
 
-class Library(LibraryFolder):
+class Library(LibraryRecords):
     """A library's content. Every method that changes it asserts that it runs inside `writing()`."""
 
     def add_domain(self, entry: DomainEntry, validation: bytes | None = None) -> None:

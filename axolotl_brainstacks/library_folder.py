@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from axolotl_brainstacks.args import FrozenDtype
-from axolotl_brainstacks.guarded import folder_problem, printable, read
+from axolotl_brainstacks.guarded import folder_problem, printable
 from axolotl_brainstacks.locking import LOCK, OWNER, FolderLock
 from axolotl_brainstacks.manifest import CONFIG as CONFIG
-from axolotl_brainstacks.manifest import MANIFEST, ROUTER_FILES, STACK_PATTERN, BaseModelInfo, FileRecord, Manifest
+from axolotl_brainstacks.manifest import MANIFEST, STACK_PATTERN, BaseModelInfo, FileRecord, Manifest
 from axolotl_brainstacks.manifest import WEIGHTS as WEIGHTS
 from axolotl_brainstacks.storage import (
     json_to_bytes,
@@ -53,7 +53,7 @@ class LibraryFolder:
     """A library's folder and its manifest, as last read or written. Reading needs no lock.
 
     Attributes:
-        sha256: of `manifest.json` as it was when this was opened; empty for one that is just made.
+        sha256: of `manifest.json`, as last read or written; empty if that was done elsewhere.
     """
 
     def __init__(self, path: Path, manifest: Manifest, sha256: str = "") -> None:
@@ -104,6 +104,7 @@ class LibraryFolder:
             library._remove(STAGE)
             library._commit(library.manifest)
             library._remove(STAGE)
+            library._read_again()
         return library
 
     @staticmethod
@@ -179,54 +180,6 @@ class LibraryFolder:
         read, others it leaves alone."""
         files, router = self.manifest.files, self.manifest.router_files
         return self._problems({file: record for file, record in files.items() if file not in router})
-
-    def write_file(self, relative: str, data: bytes) -> FileRecord:
-        """Write a file of the report or the router, atomically, and list it; those that a router answers from are listed
-        by `set_router`. A router that listed the file is dropped first: a kill before `set_router` then leaves a library
-        without a router, not a damaged one."""
-        assert relative.startswith(("report/", "router/")) and ".." not in PurePosixPath(relative).parts, relative
-        record = record_of(data)
-        if relative in ROUTER_FILES or relative in self.manifest.router_files:
-            with self._changing() as manifest:
-                if manifest.router and relative in manifest.router.files:
-                    manifest.router = None
-            with self._changing():
-                return self._put(relative, data)
-        if self.manifest.records.get(relative) == record and not self._problem(relative, record):
-            return record
-        with self._changing() as manifest:
-            if relative in manifest.records:  # a kill from here on leaves one of the two
-                manifest.pending[relative] = record
-        with self._changing() as manifest:
-            manifest.records[relative] = self._put(relative, data)
-            manifest.pending.pop(relative, None)
-        return record
-
-    def read_file(self, relative: str, unlisted: bool = False) -> bytes | None:
-        """A file of `Manifest.records`; None when it is not listed.
-
-        With `unlisted` also one that is there without being listed, as in a library of an older version; no link, which
-        could lead to any file of this machine. Raises ValueError when the file is missing or altered.
-        """
-        self._check_way(relative)
-        path, record = self.path / relative, self.manifest.records.get(relative)
-        if record is None:
-            return read(path) if unlisted and path.exists() and not path.is_symlink() else None
-        pending = self.manifest.pending.get(relative)
-        if pending and not self._problem(relative, pending, pending=False):
-            record = pending
-        return read_checked(path, record)
-
-    def set_aside(self, relative: str) -> Path:
-        """Rename a file of `Manifest.records` that cannot be used, and list it no more. Its new path."""
-        with self._changing() as manifest:
-            manifest.records.pop(relative, None)
-            manifest.pending.pop(relative, None)
-        path = self.path / relative
-        aside = path.with_name(f"{path.name}.broken")
-        with suppress(FileNotFoundError):
-            path.replace(aside)
-        return aside
 
     def _problem(self, file: str, record: FileRecord, verify: bool = True, pending: bool = True) -> str | None:
         if problem := folder_problem(self.path, file) or problem_of(self.path / file, record, verify):

@@ -42,14 +42,14 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """Whether this thread has it."""
-        return self._thread == threading.get_ident()
+        """Whether this thread has it; a forked process has not."""
+        return self._thread == threading.get_ident() and self._between_processes.is_locked
 
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Have the lock. Raises ValueError when another process has it."""
         with self._threads:
-            if not self._depth:
+            if not self._between_processes.is_locked:
                 self._acquire()
             self._thread, self._depth = threading.get_ident(), self._depth + 1
             try:

@@ -25,6 +25,7 @@ from safetensors.torch import save
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.evaluation import pack_rows, unpack_rows
+from axolotl_brainstacks.guarded import parse_json
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.lora_import import read_config, read_pairs, stack_of
 from axolotl_brainstacks.manifest import BaseModelInfo, DomainEntry, RouterEntry
@@ -334,7 +335,7 @@ def records(folder: Path, rng: Random) -> None:
         known.write([])
         write_report(library)
     if file == EVALUATION:
-        evaluation = json.loads(data)
+        evaluation = parse_json(data, non_finite=True)  # as `made_before` does
         Shown.model_validate(evaluation)
         show(evaluation, Console(file=open(os.devnull, "w"), markup=False, emoji=False))  # noqa: SIM115, PTH123
     _kept(library, "chat")
