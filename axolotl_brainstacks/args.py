@@ -229,6 +229,11 @@ class BrainstacksBlock(_Strict):
     """The `brainstacks:` block."""
 
     library: str | None = Field(default=None, description="Folder of the library; default output_dir/library.")
+    library_sha256: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="The SHA-256 that the library's manifest has to have, as `axolotl brainstacks-library LIB list` prints it.",
+    )
     num_experts: int = Field(default=4, ge=1, description="Experts of a stack.")
     top_k: int = Field(default=2, ge=1, description="Experts that a token uses.")
     noisy_gate: bool = Field(default=True, description="Noise on the gates in training, of a learned size.")

@@ -1,15 +1,20 @@
 """The click commands. Nothing heavy is imported before a command runs: `axolotl --help` imports this module."""
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from axolotl_brainstacks.guarded import printable
+
 if TYPE_CHECKING:
     from axolotl_brainstacks.library import Library
 
 
+# Of a list of files, the first ones.
+_SHOWN = 10
 _FIT_AGAIN = " Fit the router again: axolotl brainstacks-router CONFIG"
 
 
@@ -20,7 +25,8 @@ class _OneLineErrors(click.Command):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
+            # What a library says may be in it; the lines are ours.
+            raise click.ClickException("\n".join(map(printable, str(error).splitlines()))) from error
 
 
 class _Commands(_OneLineErrors, click.Group):
@@ -52,9 +58,11 @@ def list_domains(ctx: click.Context) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    manifest = _open(ctx).manifest
+    opened = _open(ctx)
+    manifest = opened.manifest
     kept = f", stacks in {manifest.frozen_dtype}" if manifest.frozen_dtype else ""
-    table = Table(title=f"{ctx.obj} on {manifest.base.title}{kept}", title_justify="left", pad_edge=False)
+    title = printable(f"{ctx.obj} on {manifest.base.title}{kept}")
+    table = Table(title=title, title_justify="left", pad_edge=False)
     table.add_column("domain", overflow="fold")
     for heading in ("done", "rounds", "stacks", "loss", "capacity", "MB", "router"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -71,22 +79,39 @@ def list_domains(ctx: click.Context) -> None:
             f"{manifest.bytes_of(domain.name) / 1e6:.1f}",
             ("stale" if manifest.router and manifest.router.stale else "fitted") if routed else "none",
         )
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # the base model's name is not ours
+    click.echo(f"SHA-256 of the manifest: {opened.sha256}")
 
 
 @library.command()
+@click.option("--against", metavar="HASH", help="What the SHA-256 of the library's manifest has to be.")
 @click.pass_context
-def verify(ctx: click.Context) -> None:
-    """Check every file against its SHA-256.
+def verify(ctx: click.Context, against: str | None) -> None:
+    """Check every file against its SHA-256, and say which files have none.
 
-    Exit status 1 when anything is wrong.
+    The hashes are in the manifest, whose own SHA-256 is printed: note it where nobody can change it, and give it with
+    --against. Exit status 1 when anything is wrong.
     """
-    opened = _open(ctx)
-    if problems := opened.verify():
-        for problem in problems:
-            click.echo(problem)
+    from axolotl_brainstacks.library import Library
+
+    if against is not None and not re.fullmatch("[0-9a-f]{64}", against):
+        raise ValueError(f"--against is {against!r}: give the 64 digits that `list` and `verify` print")
+    opened = Library.open(ctx.obj, against)
+    problems = opened.verify()
+    for line in problems:
+        click.echo(printable(line))
+    for title, files in (
+        ("Not covered, and not read by any command", opened.not_covered()),
+        ("Moved aside by earlier writers, to be deleted by hand", [str(path) for path in opened.leftovers()]),
+    ):
+        if files:
+            more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+            click.echo(f"{title}: {', '.join(map(printable, files[:_SHOWN]))}{more}")
+    pinned = "as required" if against else "not compared with any: see --against"
+    click.echo(f"SHA-256 of the manifest: {opened.sha256} ({pinned})")
+    if problems:
         ctx.exit(1)
-    click.echo(f"{len(opened.manifest.stacks)} stacks, {len(opened.manifest.files)} files: clean")
+    click.echo(f"{len(opened.manifest.stacks)} stacks, {len(opened.manifest.covered)} files: clean")
 
 
 @library.command()
@@ -177,7 +202,7 @@ def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[
         if not (new and equals and old) or old in names:
             raise ValueError(f"--as is {pair!r}: give each OLD name once, as NEW=OLD")
         names[old] = new
-    source = Library.open(other)
+    source = Library.open(other, sha256="")  # the pin, if any, is that of LIB
     with _open(ctx).writing() as opened:
         stacks = opened.join(source, joined := joined_names(opened, source, only, names))
         stale = opened.manifest.router is not None

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from axolotl_brainstacks.distributed import gather_objects, world
+from axolotl_brainstacks.guarded import parse_tensors, printable
 
 IGNORED = -100
 
@@ -42,11 +43,33 @@ def pack_rows(rows: Sequence[Row]) -> bytes:
     return save_safetensors({name: torch.tensor(values, dtype=torch.int32) for name, values in flat.items()})
 
 
-def unpack_rows(data: bytes) -> list[Row]:
-    tensors = load_safetensors(data)
-    lengths = tensors["lengths"].tolist()
-    pairs = zip(tensors["input_ids"].split(lengths), tensors["labels"].split(lengths), strict=True)
-    return [Row(ids.tolist(), labels.tolist()) for ids, labels in pairs]
+def unpack_rows(data: bytes, name: object = "the file of rows") -> list[Row]:
+    """The inverse. Raises ValueError calling the bytes `name` unless they are such a file."""
+    tensors = parse_tensors(data, name)
+    mend = f"{printable(name)} is damaged ({{}}): restore it from a copy"
+    if tensors.keys() != {"input_ids", "labels", "lengths"}:
+        raise ValueError(mend.format(f"it has {printable(', '.join(sorted(tensors)))[:200] or 'nothing'}"))
+    if any(tensor.dtype != torch.int32 or tensor.dim() != 1 for tensor in tensors.values()):
+        raise ValueError(mend.format("its tensors are no lists of int32"))
+    ids, labels, lengths = (tensors[key].tolist() for key in ("input_ids", "labels", "lengths"))
+    if any(length < 1 for length in lengths) or not sum(lengths) == len(ids) == len(labels):
+        raise ValueError(mend.format("its lengths do not add up"))
+    if any(token < 0 for token in ids) or any(label < 0 and label != IGNORED for label in labels):
+        raise ValueError(mend.format("it has negative tokens"))
+    starts = [0, *accumulate(lengths)]
+    return [Row(ids[start:end], labels[start:end]) for start, end in pairwise(starts)]
+
+
+def check_vocabulary(rows: Iterable[Row], model: nn.Module, name: str) -> None:
+    """Raises ValueError, calling the rows `name`, for a token that the model does not have: on a GPU it would end the
+    process. `model` is a Transformers model, or one of PEFT's."""
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    largest = max((token for row in rows for token in [*row.input_ids, *row.labels]), default=0)
+    if largest >= size:
+        raise ValueError(
+            f"{name} have the token {largest}, but the base model has only {size}: they were made with another tokenizer, or "
+            "altered; restore them from a copy of the library"
+        )
 
 
 @dataclass(frozen=True)

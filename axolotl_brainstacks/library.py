@@ -1,18 +1,18 @@
 """The library on disk: its domains and their frozen stacks, added, replaced, joined and removed."""
 
-import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
 from axolotl_brainstacks import replacement
 from axolotl_brainstacks.args import FrozenDtype
-from axolotl_brainstacks.library_folder import CONFIG, STAGE, WEIGHTS, LibraryFolder
+from axolotl_brainstacks.guarded import load_tensors, parse_json, printable
+from axolotl_brainstacks.library_folder import CONFIG, STAGE, WEIGHTS
+from axolotl_brainstacks.library_records import LibraryRecords
 from axolotl_brainstacks.manifest import BaseModelInfo as BaseModelInfo
 from axolotl_brainstacks.manifest import (
     DomainEntry,
-    FileRecord,
     Manifest,
     NullSpaceEntry,
     RoundRecord,
@@ -22,7 +22,6 @@ from axolotl_brainstacks.manifest import (
 from axolotl_brainstacks.storage import (
     copy_durably,
     json_to_bytes,
-    load_tensors,
     record_of,
     sync_folder,
     tensors_to_bytes,
@@ -30,7 +29,7 @@ from axolotl_brainstacks.storage import (
 )
 
 
-class Library(LibraryFolder):
+class Library(LibraryRecords):
     """A library's content. Every method that changes it asserts that it runs inside `writing()`."""
 
     def add_domain(self, entry: DomainEntry, validation: bytes | None = None) -> None:
@@ -114,16 +113,6 @@ class Library(LibraryFolder):
         """Drop the columns that protect `domain`, and all that were fitted with a view to them."""
         with self._changing() as manifest:
             manifest.unprotect(domain)
-
-    def write_file(self, relative: str, data: bytes) -> FileRecord:
-        """Write a file of the report or the router, atomically. A router that listed the file is dropped first: a kill
-        before `set_router` then leaves a library without a router, not a damaged one."""
-        assert relative.startswith(("report/", "router/")) and ".." not in PurePosixPath(relative).parts, relative
-        with self._changing() as manifest:
-            if manifest.router and relative in manifest.router.files:
-                manifest.router = None
-        with self._changing():
-            return self._put(relative, data)
 
     def set_router(self, entry: RouterEntry | None) -> None:
         with self._changing() as manifest:
@@ -210,6 +199,7 @@ class Library(LibraryFolder):
                     name = names[stack.name] = manifest.next_stack_name(new)
                     manifest.next_stack += 1
                     for file, record in stack.files.items():
+                        other._check_way(f"stacks/{stack.name}/{file}")
                         copy_durably(other.stack_path(stack.name) / file, self.path / STAGE / name / file, record)
                     sync_folder(self.path / STAGE / name)
                     joined.append(stack.model_copy(update={"name": name, "domain": new}))
@@ -248,16 +238,15 @@ class Library(LibraryFolder):
 
     def stack_config(self, name: str) -> dict[str, Any]:
         """The PEFT config of a stack. Raises ValueError when its file is missing or altered."""
-        record = self.manifest.stack(name).files[CONFIG]
-        path = self._checked(f"stacks/{name}/{CONFIG}", record, verify=False)
-        data = path.read_bytes()
-        if record_of(data) != record:
-            self._checked(f"stacks/{name}/{CONFIG}", record)
-            raise ValueError(f"{path} was changed while it was read: restore it from a copy of the library")
+        relative = f"stacks/{name}/{CONFIG}"
+        content = self._content(relative, self.manifest.stack(name).files[CONFIG])
         try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the library") from error
+            config = parse_json(content)
+        except ValueError as error:
+            raise ValueError(f"{self.path / relative} is damaged ({error}): {self._mend}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path / relative} is damaged (it is no mapping): {self._mend}")
+        return config
 
     def stack_tensors(self, name: str, verify: bool = True) -> dict[str, Tensor]:
         """The tensors of a stack, memory-mapped on the CPU. Raises ValueError naming a missing or truncated file and,
@@ -267,11 +256,17 @@ class Library(LibraryFolder):
 
     def protection(self, domain: str) -> dict[str, Tensor]:
         """The columns (out, d) that protect a domain, by projection. Raises ValueError when it has none, or its file is
-        damaged."""
+        damaged or holds something else."""
         entry = self.manifest.domain(domain).protection
         if entry is None:
             raise ValueError(f"domain {domain!r} of {self.path} has no protection yet: the next training fits it")
-        return load_tensors(self._checked(entry.file, entry.record))
+        columns = load_tensors(self._checked(entry.file, entry.record))
+        for key, tensor in columns.items():
+            if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.float().isfinite().all():
+                raise ValueError(
+                    f"{self.path / entry.file} has no columns of numbers in {printable(key)}: {self._mend}"
+                )
+        return columns
 
     def validation(self, domain: str) -> bytes:
         """The validation rows of a domain, for `evaluation.unpack_rows`. Raises ValueError when it has none or they are
@@ -282,7 +277,7 @@ class Library(LibraryFolder):
         """`validation`, also of the old entry of a domain that is being replaced."""
         if entry.validation is None:
             raise ValueError(f"domain {entry.name!r} of {self.path} has no validation rows")
-        return self._checked(entry.validation_path, entry.validation).read_bytes()
+        return self._content(entry.validation_path, entry.validation)
 
     def _append_domain(self, manifest: Manifest, entry: DomainEntry) -> None:
         if entry.name in (domain.name for domain in manifest.domains):

@@ -1,8 +1,10 @@
 """The folder of a library: one writer at a time, whole at every moment.
 
 Every change is written beside the library's files, synced, moved into place, and takes effect when the new
-`manifest.json` replaces the old one. What the manifest does not list is a leftover of a killed writer; the next one
-removes it.
+`manifest.json` replaces the old one. What the manifest does not list and we might have written is a leftover of a killed
+writer, or the manifest is an old one: the next writer moves it aside, into `.leftovers`.
+
+The folder may come from a stranger: nothing is read, written or removed through a link to a folder inside it.
 """
 
 import json
@@ -10,49 +12,84 @@ import logging
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from filelock import FileLock, Timeout
-
 from axolotl_brainstacks.args import FrozenDtype
+from axolotl_brainstacks.guarded import folder_problem, parse_json, printable, read
+from axolotl_brainstacks.locking import LOCK, OWNER, FolderLock
+from axolotl_brainstacks.manifest import CONFIG as CONFIG
 from axolotl_brainstacks.manifest import MANIFEST, STACK_PATTERN, BaseModelInfo, FileRecord, Manifest
-from axolotl_brainstacks.storage import json_to_bytes, make_writable, problem_of, sync_folder, write_durably
+from axolotl_brainstacks.manifest import WEIGHTS as WEIGHTS
+from axolotl_brainstacks.storage import (
+    json_to_bytes,
+    make_writable,
+    problem_of,
+    read_checked,
+    record_of,
+    sync_folder,
+    write_durably,
+)
 
 LOG = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 STAGE = ".tmp"
+LEFTOVERS = ".leftovers"
+# The environment variable that says which library this process may open.
+PIN = "BRAINSTACKS_LIBRARY_SHA256"
 # Folders in which every file is listed in the manifest, and what we call what we put there.
 OWNED = {
     "stacks": re.compile(STACK_PATTERN),
     "nullspace": re.compile(r"[a-z][a-z0-9_]{0,31}-[0-9a-f]{12}\.safetensors"),
     "validation": re.compile(r"[a-z][a-z0-9_]{0,31}(-[0-9a-f]{12})?\.safetensors"),
 }
+_FOLDERS = (*OWNED, "router", "router/discovery", "router/prompts", "report", STAGE, LEFTOVERS)
 
 
 class LibraryFolder:
-    """A library's folder and its manifest, as last read or written. Reading needs no lock."""
+    """A library's folder and its manifest, as last read or written. Reading needs no lock.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    Attributes:
+        sha256: of `manifest.json`, as last read or written; empty if that was done elsewhere.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, sha256: str = "") -> None:
         self.path = path
         self.manifest = manifest
-        # One lock object per folder and process: a second Library on the same folder is the same writer.
-        self._lock = FileLock(path / ".lock", timeout=0, is_singleton=True, thread_local=False)
+        self.sha256 = sha256
+        self._lock = FolderLock.of(path)
+        self._published: set[str] = set()
 
     @staticmethod
     def exists(path: str | Path) -> bool:
         return (Path(path) / MANIFEST).is_file()
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Read a library. Raises ValueError when it is none, its manifest is damaged, or a newer version wrote it."""
+    def open(cls, path: str | Path, sha256: str | None = None) -> Self:
+        """Read a library's manifest; files that it lists are checked when they are read.
+
+        Args:
+            sha256: what the SHA-256 of `manifest.json` has to be, in hex, as `list` and `verify` print it. By default the
+                value of the environment variable BRAINSTACKS_LIBRARY_SHA256; with neither, or "", any library is read.
+
+        Raises:
+            ValueError: when it is no library, another one than `sha256` says, its manifest is damaged, a newer version
+                wrote it, or one of its folders is a link.
+        """
         folder = Path(path).absolute()
-        return cls(folder, Manifest.read(folder))
+        found = record_of(content := Manifest.read_bytes(folder)).sha256
+        wanted = os.environ.get(PIN, "") if sha256 is None else sha256
+        if wanted and wanted != found:
+            raise ValueError(
+                f"the library has to have the SHA-256 {printable(wanted)} (brainstacks.library_sha256, {PIN} or `sha256=`), but "
+                f"that of {folder / MANIFEST} is {found}: get the library that was pinned, or set the new value if it was you "
+                "who changed it"
+            )
+        _check_folders(folder)
+        return cls(folder, Manifest.parse(content, folder / MANIFEST), found)
 
     @classmethod
     def create(cls, path: str | Path, base: BaseModelInfo, frozen_dtype: FrozenDtype = None) -> Self:
@@ -61,11 +98,13 @@ class LibraryFolder:
         if not cls.exists(folder):
             cls.check_new(folder)
         library = cls(folder, Manifest(base=base, frozen_dtype=frozen_dtype))
-        with library._locked():
+        with library._lock.hold():
             if cls.exists(folder):
                 raise ValueError(f"{folder} is a library already: open it, or name a new folder in brainstacks.library")
+            library._remove(STAGE)
             library._commit(library.manifest)
-            library._sweep()
+            library._remove(STAGE)
+            library._read_again()
         return library
 
     @staticmethod
@@ -86,35 +125,55 @@ class LibraryFolder:
             )
         if any(not child.name.startswith(".") for child in folder.iterdir()):
             raise ValueError(f"{folder} is no library and not empty: name a new folder in brainstacks.library")
+        _check_folders(folder)
 
     # Writing
 
     @contextmanager
     def writing(self) -> Iterator[Self]:
-        """Be the one writer of this library; re-entrant within a process. The lock dies with its process.
+        """Be the one writer of this library; re-entrant within a thread. The lock dies with its process.
 
-        On entry the manifest is read again and the leftovers of killed writers are removed. Raises ValueError when
-        another process is writing.
+        On entry the manifest is read again and the leftovers of killed writers are moved aside. Other threads of this
+        process wait. Raises ValueError when another process is writing, or a folder of the library is a link.
         """
-        with self._locked():
-            self._sweep()
+        with self._lock.hold():
+            _check_folders(self.path)
+            self._tidy()
             yield self
 
     def verify(self) -> list[str]:
-        """What is wrong with the library's files, one line each; empty when every file is whole and none looks like
-        ours without being listed."""
+        """What is wrong with the library's files, one line each; empty when every file that can change an answer, a
+        training or the report is whole, and none looks like ours without being listed."""
+        files = self.manifest.files
         unknown = [
-            f"{path} is unknown to {MANIFEST}: move it out of the library"
+            f"{printable(path)} is unknown to {MANIFEST}: move it out of the library"
             for folder in OWNED
             for path in sorted((self.path / folder).rglob("*"))
             if path.name == CONFIG or path.suffix == ".safetensors"
-            if path.relative_to(self.path).as_posix() not in self.manifest.files
+            if path.relative_to(self.path).as_posix() not in files
         ]
         router = [
             f"{problem}: fit the router again with `axolotl brainstacks-router CONFIG`"
             for problem in self._problems(self.manifest.router_files)
         ]
-        return self.damage() + router + unknown + self._root_problems()
+        reading = [
+            f"{problem}: `axolotl brainstacks-router CONFIG` measures it again"
+            if file.startswith("router/")
+            else f"{problem}: draw it again with `axolotl brainstacks-library {self.path} report`"
+            for file, record in self.manifest.records.items()
+            if (problem := self._problem(file, record))
+        ]
+        return self.damage() + router + unknown + self._root_problems() + reading
+
+    def not_covered(self) -> list[str]:
+        """Files in the library's folder that `verify` says nothing about, as no command reads them; leftovers not."""
+        ours = {*self.manifest.covered, MANIFEST, LOCK, OWNER}
+        return [file for file in self._present() if file not in ours and not file.startswith(f"{LEFTOVERS}/")]
+
+    def leftovers(self) -> list[Path]:
+        """What was moved aside because nobody could say whose it is; to be deleted by hand."""
+        folder = self.path / LEFTOVERS
+        return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
     def damage(self) -> list[str]:
         """The part of `verify` that a training run must not meet: the root's files it writes anew, the router it does not
@@ -129,51 +188,50 @@ class LibraryFolder:
             return problems
         found = [file for file in (CONFIG, WEIGHTS) if (self.path / file).exists() and file not in self.manifest.root]
         if found:
-            return [f"{self.path / file} is unknown to {MANIFEST}: {mend}" for file in found]
+            return [f"{printable(self.path / file)} is unknown to {MANIFEST}: {mend}" for file in found]
         if CONFIG in self.manifest.root:
             try:
-                named = json.loads((self.path / CONFIG).read_bytes())["library"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+                named = parse_json(read(self.path / CONFIG))["library"]
+            except (OSError, ValueError, KeyError, TypeError):
                 named = None
             if named != ".":
-                return [f"{self.path / CONFIG} names the library {named!r} instead of '.': {mend}"]
+                return [f"{printable(self.path / CONFIG)} names the library {named!r} instead of '.': {mend}"]
         return []
 
+    def _problem(self, file: str, record: FileRecord, verify: bool = True, pending: bool = True) -> str | None:
+        if problem := folder_problem(self.path, file) or problem_of(self.path / file, record, verify):
+            other = self.manifest.pending.get(file) if pending else None
+            return problem if other is None or self._problem(file, other, verify, pending=False) else None
+        return None
+
     def _problems(self, files: dict[str, FileRecord]) -> list[str]:
-        return [problem for file, record in files.items() if (problem := problem_of(self.path / file, record))]
+        return [problem for file, record in files.items() if (problem := self._problem(file, record))]
+
+    def _present(self) -> Iterator[str]:
+        """Every file in the folder, relative to it; links to folders count as files."""
+        for folder, inner, files in os.walk(self.path):
+            inner.sort()
+            for name in sorted([*files, *(name for name in inner if (Path(folder) / name).is_symlink())]):
+                yield (Path(folder) / name).relative_to(self.path).as_posix()
 
     # The machinery of a change
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        owner = self.path / ".lock.owner"
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"{self.path} is being written by another process ({_owner(owner)}): wait until it has ended, "
-                "or stop it, then run the same command again"
-            ) from None
-        try:
-            # Only a courtesy to whoever is refused: a full disk must not stop a writer that came to free space.
-            with suppress(OSError):
-                owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            yield
-        finally:
-            self._lock.release()
-
-    @contextmanager
     def _changing(self) -> Iterator[Manifest]:
         """The manifest as it is on disk, to be changed; it is committed at the end, or nothing of it stays."""
-        assert self._lock.is_locked, "the library is changed outside `with library.writing()`"
+        assert self._lock.held, "the library is changed outside `with library.writing()`"
         before = Manifest.read(self.path)
         manifest = before.model_copy(deep=True)
+        self._published.clear()
         try:
             yield manifest
             if manifest != before:
                 self._commit(Manifest.model_validate(manifest.model_dump()))
         finally:
-            self._sweep(after_a_change=True)
+            self._read_again()
+            for gone in (_owned(before) | self._published) - _owned(self.manifest):
+                self._remove(gone)
+            self._remove(STAGE)
 
     def _commit(self, manifest: Manifest) -> None:
         self._put(MANIFEST, json_to_bytes(json.loads(manifest.model_dump_json())))
@@ -185,47 +243,100 @@ class LibraryFolder:
         return record
 
     def _publish(self, staged: Path, relative: str) -> None:
+        self._check_way(relative)
         target = self.path / relative
         target.parent.mkdir(parents=True, exist_ok=True)
+        if PurePosixPath(relative).parts[0] in OWNED:
+            if relative not in _owned(self.manifest) and os.path.lexists(target):
+                self._move_aside(target)
+            self._published.add(relative)
         staged.replace(target)
         for folder in PurePosixPath(relative).parents:
             sync_folder(self.path / folder)
 
-    def _sweep(self, after_a_change: bool = False) -> None:
-        """Read the manifest again and remove what is ours by its name, and not listed.
-
-        A killed writer left it; unless `after_a_change`, which removed it or failed.
-        """
-        self.manifest = Manifest.read(self.path)
-        listed = {PurePosixPath(file).parts[:2] for file in self.manifest.files}
+    def _tidy(self) -> None:
+        """Read the manifest again, and move aside what is ours by its name, and not listed."""
+        self._read_again()
+        self._remove(STAGE)
+        listed = _owned(self.manifest)
         found = (p for folder, name in OWNED.items() for p in (self.path / folder).glob("*") if name.fullmatch(p.name))
-        unlisted = [p for p in found if (p.parent.name, p.name) not in listed]
+        unlisted = [path for path in found if path.relative_to(self.path).as_posix() not in listed]
         numbers = {p: int(p.name[1:].partition("_")[0]) for p in unlisted if p.parent.name == "stacks"}
         if newer := [p for p, number in numbers.items() if number > self.manifest.next_stack]:
             raise ValueError(
                 f"{self.path / MANIFEST} is older than {min(newer)}: put the newest {MANIFEST} back, or move the stacks that "
                 "it does not know out of the library"
             )
-        for path in () if after_a_change else numbers:
-            LOG.warning("%s was left by a killed run: removed", path)
-        for path in [*unlisted, self.path / STAGE]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for path in unlisted:
+            self._move_aside(path)
+        if pending := self.manifest.pending:
+            whole = {file: r for file, r in pending.items() if not self._problem(file, r, pending=False)}
+            with self._changing() as manifest:
+                manifest.records |= whole
+                manifest.pending = {}
+
+    def _move_aside(self, path: Path) -> None:
+        """Put what may be a killed run's, or the user's, or of a newer manifest, where it is in nobody's way."""
+        now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        (self.path / LEFTOVERS).mkdir(exist_ok=True)
+        number, target = 1, self.path / LEFTOVERS / f"{now}-{path.name}"
+        while os.path.lexists(target):
+            number += 1
+            target = target.with_name(f"{now}-{number}-{path.name}")
+        path.rename(target)
+        LOG.warning(
+            "%s is not listed in %s: a killed run left it, or the manifest is an old one, or it is yours; it is now %s: "
+            "delete that when nothing is missing",
+            path,
+            MANIFEST,
+            target,
+        )
+
+    def _remove(self, relative: str) -> None:
+        """Remove what is there under this name, itself and not what it links to."""
+        self._check_way(relative)
+        path = self.path / relative
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+    def _read_again(self) -> None:
+        content = Manifest.read_bytes(self.path)
+        self.manifest, self.sha256 = Manifest.parse(content, self.path / MANIFEST), record_of(content).sha256
+
+    def _check_way(self, relative: str) -> None:
+        if problem := folder_problem(self.path, relative):
+            raise ValueError(problem)
 
     def _checked(self, relative: str, record: FileRecord, verify: bool = True) -> Path:
-        if problem := problem_of(self.path / relative, record, verify):
-            raise ValueError(
-                f"{problem}: restore the file from a copy of the library, or remove its domain with "
-                f"`axolotl brainstacks-library {self.path} remove DOMAIN` and train it again"
-            )
+        if problem := self._problem(relative, record, verify):
+            raise ValueError(f"{problem}: {self._mend}")
         return self.path / relative
 
+    def _content(self, relative: str, record: FileRecord) -> bytes:
+        self._checked(relative, record, verify=False)
+        try:
+            return read_checked(self.path / relative, record)
+        except ValueError as error:
+            raise ValueError(f"{error}: {self._mend}") from error
 
-def _owner(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text())
-        return f"pid {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its pid is unknown"
+    @property
+    def _mend(self) -> str:
+        return (
+            "restore the file from a copy of the library, or remove its domain with "
+            f"`axolotl brainstacks-library {self.path} remove DOMAIN` and train it again"
+        )
+
+
+def _owned(manifest: Manifest) -> set[str]:
+    """What the manifest lists in the owned folders: a stack by its folder, others by their file."""
+    parts = (PurePosixPath(file).parts for file in manifest.files)
+    return {"/".join(path[:2]) for path in parts if path[0] in OWNED}
+
+
+def _check_folders(folder: Path) -> None:
+    for relative in _FOLDERS:
+        if problem := folder_problem(folder, f"{relative}/file"):
+            raise ValueError(problem)

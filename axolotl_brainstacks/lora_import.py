@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import regex
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,8 +24,8 @@ from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.model import BrainstacksModel, library_config
 from axolotl_brainstacks.adapter.tensors import stack_tensors
 from axolotl_brainstacks.args import DOMAIN_NAME
+from axolotl_brainstacks.guarded import load_tensors, printable, read_json
 from axolotl_brainstacks.library import CONFIG, WEIGHTS, BaseModelInfo, DomainEntry, Library, StackEntry
-from axolotl_brainstacks.storage import load_tensors
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 # Options that a trained adapter's output does not depend on, or that `stack_of` takes over. Any other one, also one that
@@ -41,6 +44,11 @@ _TAKEN_OVER = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
     *("init_lora_weights", "eva_config", "loftq_config", "megatron_core", "runtime_config"),
 }
+# A factor of zero would be an adapter that does nothing.
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# PEFT matches `alpha_pattern` as regular expressions, which can take for ever.
+_MOST_REPEATS = 10_000
+_MOST_PATTERNS, _LONGEST_PATTERN, _SECONDS = 10_000, 1_000, 5.0
 # Others change the base model's weights when they start.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -62,7 +70,7 @@ def import_lora(library_path: Path, name: str, folder: Path, base_model: str | N
         raise ValueError(f"{library_path} has a domain `{name}` already: choose another name, or remove it first")
     config = read_config(folder)
     pairs = read_pairs(folder)
-    base_name = base_model or config["base_model_name_or_path"]
+    base_name = base_model or config.get("base_model_name_or_path") or ""
     revision = None if base_model else config.get("revision")
     model = _load_base(folder, base_name, revision)
     base = BaseModelInfo.of(model, base_name, revision)
@@ -81,22 +89,46 @@ def import_lora(library_path: Path, name: str, folder: Path, base_model: str | N
     return stack
 
 
+class _Scales(BaseModel):
+    """What is read of an adapter's config."""
+
+    model_config = ConfigDict(strict=True)
+
+    lora_alpha: _Positive
+    use_rslora: bool = False
+    alpha_pattern: Annotated[dict[str, _Positive], Field(max_length=_MOST_PATTERNS)] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's config. Raises ValueError naming an option that no stack can reproduce."""
     path = folder / CONFIG
     try:
-        config: dict[str, Any] = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder} is no PEFT adapter: {CONFIG} cannot be read ({error})") from error
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise ValueError("it is no mapping")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no PEFT adapter: {CONFIG} cannot be read ({printable(error)})") from error
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: `peft_type` is {config.get('peft_type')}; only LORA can be imported")
+        raise ValueError(f"{path}: `peft_type` is {_shown(config.get('peft_type'))}; only LORA can be imported")
+    try:
+        _Scales.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            printable(f"{path}: `{key}` is not what PEFT writes there ({first['msg']}); save the adapter again")
+        ) from error
     defaults = LoraConfig().to_dict()
     for key, value in config.items():
         if key not in _TAKEN_OVER and value and value != defaults.get(key):
-            raise ValueError(f"{path}: `{key}` is {json.dumps(value)}, and a stack cannot do that; train without it")
+            raise ValueError(
+                f"{path}: `{printable(key)}` is {_shown(json.dumps(value))}, and a stack cannot do that; train without it"
+            )
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
         raise ValueError(
-            f"{path}: `init_lora_weights` is {config['init_lora_weights']}, which changes the base model; convert it to "
+            f"{path}: `init_lora_weights` is {_shown(config['init_lora_weights'])}, which changes the base model; convert it to "
             "a plain LoRA with PEFT's `path_initial_model_for_weight_conversion`"
         )
     return config
@@ -109,21 +141,27 @@ def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         ValueError: naming a tensor that is none of these, is not finite, or has no partner.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} is missing; an adapter in another format has to be saved as safetensors first")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
         match = _KEY.match(key)
         if match is None:
             raise ValueError(
-                f"{path}: `{key}` is no A or B matrix of a linear projection, and a stack has nothing else"
+                f"{path}: `{printable(key)}` is no A or B matrix of a linear projection, and a stack has nothing else"
             )
+        if tensor.dim() != 2 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{path}: `{printable(key)}` is a tensor of {tensor.dtype} of shape {list(tensor.shape)}, and no matrix of "
+                "floating-point numbers; save the adapter again"
+            )
+        tensor = tensor.float()
         if not tensor.isfinite().all():
-            raise ValueError(f"{path}: `{key}` has NaN or infinite values; train the adapter again")
-        found.setdefault(match["module"], {})[match["side"]] = tensor.float()
+            raise ValueError(f"{path}: `{printable(key)}` has NaN or infinite values; train the adapter again")
+        found.setdefault(match["module"], {})[match["side"]] = tensor
     for module_name, pair in found.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise ValueError(f"{path}: {module_name} has no A and B of one rank; the file is incomplete")
+            raise ValueError(f"{path}: {printable(module_name)} has no A and B of one rank; the file is incomplete")
     pairs = {module_name: (pair["A"], pair["B"]) for module_name, pair in found.items() if pair["B"].any()}
     if not pairs:
         raise ValueError(f"{path}: every B matrix is zero, so the adapter changes nothing; train it first")
@@ -136,10 +174,14 @@ def stack_of(
     """Config and tensors of a stack with the same output.
 
     Smaller ranks are filled up with zeros, and what a projection's scale differs by goes into its B: both exact.
+
+    Raises:
+        ValueError: naming a key of `alpha_pattern` that is no regular expression, or takes too long to be matched.
     """
     rank = max(a.shape[0] for a, _ in pairs.values())
     rslora, alpha = bool(config.get("use_rslora")), float(config["lora_alpha"])
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    keys = _alpha_keys(list(alphas), list(pairs))
 
     def divisor(r: int) -> float:
         return math.sqrt(r) if rslora else r
@@ -158,7 +200,8 @@ def stack_of(
     )
     stack = {}
     for module_name, (a, b) in pairs.items():
-        scale = alphas.get(get_pattern_key(list(alphas), module_name), alpha) / divisor(a.shape[0])
+        key = keys.get(module_name)
+        scale = (alpha if key is None else alphas[key]) / divisor(a.shape[0])
         missing = rank - a.shape[0]
         gate_and_noise = torch.zeros(2, a.shape[1])
         stack[module_name] = (
@@ -168,12 +211,59 @@ def stack_of(
     return stack_config, stack_tensors(stack)
 
 
+def _pattern(key: str) -> regex.Pattern[str]:
+    """What PEFT matches a module's name with, for a key of `alpha_pattern`."""
+    try:
+        if len(key) > _LONGEST_PATTERN:
+            raise ValueError(f"longer than {_LONGEST_PATTERN} characters")
+        # Compiling writes repeats out, those of repeats too.
+        counts = [int(number) for number in re.findall(r"\{(?:\d*,)?(\d{1,4})\}", key)]
+        if key.count("{") != len(counts) or math.prod(counts) > _MOST_REPEATS:
+            raise ValueError(f"more than {_MOST_REPEATS} repeats are counted, or not as {{1,3}}")
+        re.compile(whole := rf"(.*\.)?({key})$")  # as PEFT does; the other one takes more
+        return regex.compile(whole)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"`alpha_pattern` has the key `{printable(key[:100])}`, which is no regular expression that can be used ({error}); "
+            "name modules there"
+        ) from error
+
+
+def _alpha_keys(keys: Sequence[str], module_names: Sequence[str]) -> dict[str, str]:
+    """The first key of `alpha_pattern` that each module's name matches, as in PEFT; those without are left out."""
+    patterns = {key: _pattern(key) for key in keys}
+    end, found = time.monotonic() + _SECONDS, {}
+    for name, (key, pattern) in product(module_names, patterns.items()):
+        if name in found:
+            continue
+        try:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if pattern.match(name, timeout=left):
+                found[name] = key
+        except TimeoutError as error:
+            raise ValueError(
+                f"`alpha_pattern` with keys such as `{printable(key[:100])}` takes longer than {_SECONDS:g} s to be matched; "
+                "name modules there"
+            ) from error
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value of a config, for an error."""
+    return printable(value)[:200]
+
+
 def _load_base(folder: Path, name: str | None, revision: str | None) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(name or "", revision=revision or "main", dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(
+            name or "", revision=revision or "main", dtype="auto", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"The base model {name!r} of {folder} cannot be loaded ({str(error).splitlines()[0]}): name it with --base-model"
+            f"The base model {name!r} of {folder} cannot be loaded ({printable(reason)}): name it with --base-model"
         ) from error
 
 

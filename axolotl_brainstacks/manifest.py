@@ -1,43 +1,70 @@
 """What `manifest.json` of a library says: the base model, the stacks in order, the domains, the router."""
 
-import json
+from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from axolotl_brainstacks.args import FrozenDtype
 from axolotl_brainstacks.base_model import BaseModelInfo
+from axolotl_brainstacks.guarded import parse_json, printable, read
 
 MANIFEST = "manifest.json"
+# The two files of a stack, and of the library as a whole, that PEFT reads.
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# The two files that a router answers from.
+ROUTER_FILES = ("router/router_config.json", "router/router.safetensors")
 SCHEMA_VERSION: Final = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
 DOMAIN_PATTERN = r"^[a-z][a-z0-9_]{0,31}$"
-STACK_PATTERN = r"^s[0-9]{3,}_[a-z][a-z0-9_]{0,31}$"
+STACK_PATTERN = r"^s[0-9]{3,12}_[a-z][a-z0-9_]{0,31}$"
 
 
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path:
         raise ValueError(f"path {path!r} is not a relative path inside the library")
+    # One spelling a file, so that no two records are about the same one.
+    if str(pure) != path or not path.isprintable() or len(path) > 512:
+        raise ValueError(f"path {path!r} is not written as a library writes it")
     return path
+
+
+def _in_folder(folder: str) -> AfterValidator:
+    def check(path: str) -> str:
+        if PurePosixPath(path).parts[0] != folder or len(PurePosixPath(path).parts) != 2:
+            raise ValueError(f"path {path!r} is not that of a file in {folder}/")
+        return path
+
+    return AfterValidator(check)
+
+
+def _number(value: Any) -> Any:
+    """JSON has no number for these, so a manifest has them as strings."""
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 DomainName = Annotated[str, Field(pattern=DOMAIN_PATTERN)]
 StackName = Annotated[str, Field(pattern=STACK_PATTERN)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+# A loss, which may be that of a round that diverged.
+Loss = Annotated[float, BeforeValidator(_number)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Entry(BaseModel):
-    # A round that diverged has a NaN loss; plain JSON has no number for it and Pydantic's default writes null.
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    # Strict: true is no number, "7" neither. Pydantic's default would write null for NaN.
+    model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="strings")
 
 
 class FileRecord(_Entry):
     """Size in bytes and SHA-256 (hex) of one file."""
 
-    sha256: str
-    bytes: int
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: Count
 
 
 class RoundRecord(_Entry):
@@ -47,18 +74,18 @@ class RoundRecord(_Entry):
     trainer measures on held-out rows: the preference loss, or the mean reward. `dropped` says why a round was not kept.
     """
 
-    round: int
+    round: Count
     rl: str | None = None
-    objective_before: float | None = None
-    objective_after: float | None = None
+    objective_before: Loss | None = None
+    objective_after: Loss | None = None
     dropped: str | None = None
     kept: bool
     stack: StackName | None = None
-    loss_before: float
-    loss_after: float
-    steps: int
+    loss_before: Loss
+    loss_after: Loss
+    steps: Count
     stop_reason: str
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Loss] = {}
 
 
 class StackEntry(_Entry):
@@ -66,8 +93,14 @@ class StackEntry(_Entry):
 
     name: StackName
     domain: DomainName
-    round: int
+    round: Count
     files: dict[RelativePath, FileRecord]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if missing := {CONFIG, WEIGHTS} - self.files.keys():
+            raise ValueError(f"stack {self.name!r} lists no {min(missing)}")
+        return self
 
 
 class NullSpaceEntry(_Entry):
@@ -77,11 +110,11 @@ class NullSpaceEntry(_Entry):
     `beyond` hold. capacity_left: smallest share of a projection's output dimensions that was left then.
     """
 
-    file: RelativePath
+    file: Annotated[RelativePath, _in_folder("nullspace")]
     record: FileRecord
-    columns: int
-    energy: float
-    capacity_left: float
+    columns: Count
+    energy: Finite
+    capacity_left: Finite
     beyond: list[DomainName] = []
 
 
@@ -94,12 +127,12 @@ class ConstraintRecord(_Entry):
     """
 
     protects: list[DomainName]
-    columns: int
-    energy: float
-    energies: dict[DomainName, float]
-    capacity_left: float
+    columns: Count
+    energy: Finite
+    energies: dict[DomainName, Finite]
+    capacity_left: Finite
     tightest: str
-    capacity: dict[str, float]
+    capacity: dict[str, Finite]
 
 
 class DomainEntry(_Entry):
@@ -116,10 +149,10 @@ class DomainEntry(_Entry):
     """
 
     name: DomainName
-    base_loss: float
+    base_loss: Loss
     validation: FileRecord | None = None
-    eval_rows: int | None = None
-    validation_file: RelativePath | None = None
+    eval_rows: Count | None = None
+    validation_file: Annotated[RelativePath, _in_folder("validation")] | None = None
     context: list[StackName] = []
     rounds: list[RoundRecord] = []
     protection: NullSpaceEntry | None = None
@@ -129,6 +162,19 @@ class DomainEntry(_Entry):
     soft: bool = False
     replaced: list[StackName] = []
     before: "DomainEntry | None" = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.before and (self.before.name != self.name or self.before.before):
+            raise ValueError(f"domain {self.name!r} was not what its `before` says")
+        entries = [entry for entry in (self, self.before) if entry]
+        fits = [fit for entry in entries for fit in (entry.protection, entry.nullspace) if fit]
+        records = [(fit.file, fit.record) for fit in fits]
+        records += [(entry.validation_path, entry.validation) for entry in entries if entry.validation]
+        for file, record in records:
+            if self.files[file] != record:
+                raise ValueError(f"{file} is listed twice")
+        return self
 
     @property
     def last_loss(self) -> float:
@@ -153,7 +199,8 @@ class DomainEntry(_Entry):
 
 
 class RouterEntry(_Entry):
-    """The fitted router; `files` are relative to the library. Stale: a domain was added, removed or replaced since."""
+    """The fitted router; `files`, relative to the library, are those that it answers from. Stale: a domain was added,
+    removed or replaced since."""
 
     files: dict[RelativePath, FileRecord]
     domains: list[DomainName]
@@ -164,6 +211,9 @@ class Manifest(_Entry):
     """The whole of `manifest.json`. `next_stack` only grows, so the name of a removed stack is never given again.
 
     `root` lists the files that make PEFT load the library as a whole; older libraries do not list them.
+    `records` lists the other files that a later command reads: the prompts and losses that the router was made from, its
+    evaluation, the report. Older libraries do not list these either. `pending` is what a file of `records` is about to
+    become: a killed writer leaves it as one or the other.
     `frozen_dtype` is what all losses were measured with: the type of frozen stacks in memory, None for the base model's.
     """
 
@@ -173,46 +223,82 @@ class Manifest(_Entry):
     stacks: list[StackEntry] = []
     domains: list[DomainEntry] = []
     router: RouterEntry | None = None
-    next_stack: int = 1
+    next_stack: Count = 1
     root: dict[RelativePath, FileRecord] = {}
+    records: dict[RelativePath, FileRecord] = {}
+    pending: dict[RelativePath, FileRecord] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        stacks = [s.name for s in self.stacks]
-        domains = [d.name for d in self.domains]
-        for kind, names in (("stack", stacks), ("domain", domains)):
-            if twice := {n for n in names if names.count(n) > 1}:
-                raise ValueError(f"{kind} {min(twice)!r} is listed twice")
+        for kind, entries in (("stack", self.stacks), ("domain", self.domains)):
+            counts = Counter(entry.name for entry in entries)
+            if twice := [name for name, count in counts.items() if count > 1]:
+                raise ValueError(f"{kind} {twice[0]!r} is listed twice")
+        owner = {stack.name: stack.domain for stack in self.stacks}
+        domains = {domain.name for domain in self.domains}
         for stack in self.stacks:
             if stack.domain not in domains:
                 raise ValueError(f"stack {stack.name!r} belongs to domain {stack.domain!r}, which is not listed")
             if int(stack.name[1:].partition("_")[0]) >= self.next_stack:
                 raise ValueError(f"next_stack is {self.next_stack}, but stack {stack.name!r} exists")
+        files: dict[str, str] = {}
+        for domain in self.domains:
+            if foreign := [name for name in domain.replaced if owner.get(name) != domain.name]:
+                raise ValueError(f"domain {domain.name!r} replaces stack {foreign[0]!r}, which is not its own")
+            for file in domain.files:
+                if files.setdefault(file, domain.name) != domain.name:
+                    raise ValueError(f"{file} is listed by domains {files[file]!r} and {domain.name!r}")
+        if self.router and not self.router.stale and (unknown := set(self.router.domains) - domains):
+            raise ValueError(f"the router knows domain {min(unknown)!r}, which is not listed")
+        self._check_places()
         return self
+
+    def _check_places(self) -> None:
+        """Raises ValueError for a record of a file where none of its kind can be: it could stand for another's."""
+        if unknown := self.root.keys() - {CONFIG, WEIGHTS}:
+            raise ValueError(f"root lists {min(unknown)}, which is no file of the library as a whole")
+        for file in (*self.router_files, *self.records, *self.pending):
+            if not file.startswith("router/" if file in self.router_files else ("router/", "report/")):
+                raise ValueError(f"{file} is listed among the files of the router or the report")
+        if both := self.records.keys() & {*ROUTER_FILES, *self.router_files}:
+            raise ValueError(f"{min(both)} is listed twice")
+        if extra := self.pending.keys() - self.records.keys():
+            raise ValueError(f"{min(extra)} is about to change, but not listed")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read a library's manifest. Raises ValueError when it is missing, damaged, or of another schema version."""
+        return cls.parse(cls.read_bytes(folder), folder / MANIFEST)
+
+    @staticmethod
+    def read_bytes(folder: Path) -> bytes:
+        """The content of a library's manifest. Raises ValueError when there is none."""
         path = folder / MANIFEST
-        mend = "restore it from a copy of the library, or train into a new folder"
         if not path.is_file():
             raise ValueError(f"{folder} is not a library (no {MANIFEST}): check the path, or train a library first")
+        return read(path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> Self:
+        """The manifest with this content; `path` is for errors. Raises as `read`."""
+        mend = "restore it from a copy of the library, or train into a new folder"
         try:
-            data = json.loads(path.read_bytes())
+            data = parse_json(content)
             version = data["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not the manifest of a library ({error!r}): {mend}") from error
-        if version not in READABLE_VERSIONS:
+            reason = error if isinstance(error, ValueError) else "it has no schema_version"
+            raise ValueError(f"{path} is not the manifest of a library ({reason}): {mend}") from error
+        if type(version) is not int or version not in READABLE_VERSIONS:
             raise ValueError(
-                f"{path} has schema_version {version!r}, and this axolotl-brainstacks reads up to {SCHEMA_VERSION}: "
-                "install the version that wrote it, `pip install -U axolotl-brainstacks` for the newest"
+                f"{path} has schema_version {printable(repr(version)[:100])}, and this axolotl-brainstacks reads up to "
+                f"{SCHEMA_VERSION}: install the version that wrote it, `pip install -U axolotl-brainstacks` for the newest"
             )
         try:
             return cls.model_validate(data | {"schema_version": SCHEMA_VERSION})
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "its entries"
-            raise ValueError(f"{path} is damaged at {where} ({first['msg']}): {mend}") from error
+            raise ValueError(printable(f"{path} is damaged at {where} ({first['msg']}): {mend}")) from error
 
     @property
     def files(self) -> dict[str, FileRecord]:
@@ -221,6 +307,11 @@ class Manifest(_Entry):
         for domain in self.domains:
             files |= domain.files
         return files | self.router_files
+
+    @property
+    def covered(self) -> dict[str, FileRecord]:
+        """`files`, those of the library as a whole, and `records`: all that `verify` reads."""
+        return self.files | self.root | self.records
 
     @property
     def router_files(self) -> dict[str, FileRecord]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from axolotl_brainstacks.guarded import parse_json, printable
 from axolotl_brainstacks.library import Library
 
 if TYPE_CHECKING:
@@ -18,14 +20,13 @@ LOG = logging.getLogger(__name__)
 
 FORGETTING = "report/forgetting.json"
 SAMPLES = "report/samples.jsonl"
-_KEYS = {
-    FORGETTING: {"after", "own_stacks", "all_stacks"},
-    SAMPLES: {"domain", "round", "prompt", "answer", "reference"},
-}
 ROUNDS_CHART = "report/rounds.png"
 FORGETTING_CHART = "report/forgetting.png"
 ROUTER_CHART = "report/router.png"
 PAGE = "report/report.html"
+# Of the chart of forgetting, which would not be readable with more; the data has all.
+_MOST_CELLS = 40
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -64,6 +65,30 @@ token on each domain's validation rows, in nats.</p>
 """
 
 
+class _ForgettingRow(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    after: str
+    own_stacks: dict[str, float]
+    all_stacks: dict[str, float]
+
+
+class _Sample(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    domain: str
+    round: int
+    prompt: str
+    answer: str
+    reference: str
+
+
+_RECORDS: dict[str, TypeAdapter[Any]] = {
+    FORGETTING: TypeAdapter(list[_ForgettingRow]),
+    SAMPLES: TypeAdapter(list[_Sample]),
+}
+
+
 def write_report(library: Library) -> None:
     """Draw what the library's records say into `report/`; inside `library.writing()`."""
     from jinja2 import Environment
@@ -73,21 +98,31 @@ def write_report(library: Library) -> None:
         charts[ROUNDS_CHART] = png(_rounds(library))
     if rows := read_records(library, FORGETTING):
         charts[FORGETTING_CHART] = png(_forgetting(rows))
-    for file, data in charts.items():
-        library.write_file(file, data)
+    for file, picture in charts.items():
+        library.write_file(file, picture)
     titles = {
         ROUNDS_CHART: "Residual boosting: the validation loss after every round",
         FORGETTING_CHART: "Forgetting: every domain's loss after each later domain was trained",
         ROUTER_CHART: "The router on unseen prompts",
     }
-    present = [(title, library.path / file) for file, title in titles.items() if (library.path / file).exists()]
+    present = [(title, data) for file, title in titles.items() if (data := charts.get(file) or _chart(library, file))]
     page = Environment(autoescape=True).from_string(_TEMPLATE)
     html = page.render(
         manifest=library.manifest,
-        charts=[(title, base64.b64encode(path.read_bytes()).decode()) for title, path in present],
+        charts=[(title, base64.b64encode(data).decode()) for title, data in present],
         samples=read_records(library, SAMPLES),
     )
     library.write_file(PAGE, html.encode())
+
+
+def _chart(library: Library, file: str) -> bytes | None:
+    """A picture that was drawn earlier, if it is one: what the page embeds may be published."""
+    try:
+        data = library.read_file(file, unlisted=True)
+    except (ValueError, OSError) as error:
+        LOG.warning("%s: left out of the report", error)
+        return None
+    return data if data and data.startswith(_PNG) else None
 
 
 def png(figure: Figure) -> bytes:
@@ -123,11 +158,12 @@ def _rounds(library: Library) -> Figure:
 def _forgetting(rows: list[dict[str, Any]]) -> Figure:
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for row in rows for name in row["own_stacks"]))
+    rows = rows[-_MOST_CELLS:]
+    names = list(dict.fromkeys(name for row in rows for name in row["own_stacks"]))[-_MOST_CELLS:]
     figure = Figure(figsize=(2 + 2.4 * len(names), 1.2 + 0.6 * len(rows)), layout="constrained")
     kinds = {"own_stacks": "with the stacks it was trained with", "all_stacks": "with all stacks on"}
     for axes, (kind, title) in zip(figure.subplots(1, 2, squeeze=False)[0], kinds.items(), strict=True):
-        first = {name: next(row[kind][name] for row in rows if name in row[kind]) for name in names}
+        first = {name: next((row[kind][name] for row in rows if name in row[kind]), math.nan) for name in names}
         change = [[row[kind].get(name, math.nan) - first[name] for name in names] for row in rows]
         most = max((abs(value) for line in change for value in line if math.isfinite(value)), default=0) or 1.0
         axes.imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
@@ -146,16 +182,18 @@ def read_records(library: Library, file: str) -> list[dict[str, Any]]:
 
     A broken one is put aside under the name `<file>.broken`: figures for reading must not stop what they describe.
     """
-    path = library.path / file
-    if not path.exists():
-        return []
     try:
-        text = path.read_text()
-        records = [json.loads(line) for line in text.splitlines()] if file == SAMPLES else json.loads(text)
-        if not isinstance(records, list) or not all(set(record) >= _KEYS[file] for record in records):
-            raise ValueError(f"no list of records with {', '.join(sorted(_KEYS[file]))}")
-    except (ValueError, TypeError) as error:
-        aside = path.replace(path.with_name(f"{path.name}.broken"))
-        LOG.warning("%s cannot be read (%s); it is now %s, and begun anew", path, error, aside)
+        data = library.read_file(file, unlisted=True)
+        if data is None:
+            return []
+        parts = data.splitlines() if file == SAMPLES else [data]
+        values = [parse_json(part, non_finite=True) for part in parts]
+        records = _RECORDS[file].validate_python(values if file == SAMPLES else values[0])
+    except (ValueError, OSError) as error:
+        reason = (
+            f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
+        )
+        path, aside = library.path / file, library.set_aside(file)
+        LOG.warning("%s cannot be read (%s); it is now %s, and begun anew", path, printable(reason), aside)
         return []
-    return records
+    return [record.model_dump() for record in records]

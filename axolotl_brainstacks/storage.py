@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from axolotl_brainstacks.guarded import load_tensors as load_tensors
+from axolotl_brainstacks.guarded import open_regular, printable, read
 from axolotl_brainstacks.manifest import FileRecord
 
 
@@ -24,23 +26,31 @@ def record_of(data: bytes) -> FileRecord:
 
 def problem_of(path: Path, record: FileRecord, verify: bool = True) -> str | None:
     """What is wrong with a file, in one line; its content is read, in chunks, only with `verify`."""
-    if not path.is_file():
-        return f"{path} is missing"
-    if (size := path.stat().st_size) != record.bytes:
-        return f"{path} is {'truncated' if size < record.bytes else 'altered'} ({size} bytes instead of {record.bytes})"
-    if verify:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-                return f"{path} is altered (its SHA-256 differs from the manifest's)"
+    name = printable(path)
+    try:
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) != record.bytes:
+                kind = "truncated" if size < record.bytes else "altered"
+                return f"{name} is {kind} ({size} bytes instead of {record.bytes})"
+            if verify and hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                return f"{name} is altered (its SHA-256 differs from the manifest's)"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped on the CPU."""
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
+def read_checked(path: Path, record: FileRecord) -> bytes:
+    """The content of a file that is what `record` says. Raises ValueError as `problem_of` puts it."""
+    if problem := problem_of(path, record, verify=False):
+        raise ValueError(problem)
+    # What is checked is what was read: the file could change in between.
+    if record_of(data := read(path, record.bytes)) != record:
+        raise ValueError(f"{printable(path)} is altered (its SHA-256 differs from the manifest's)")
+    return data
 
 
 def tensors_to_bytes(tensors: dict[str, Tensor], owner: str) -> bytes:
@@ -65,7 +75,9 @@ def write_durably(path: Path, data: bytes) -> FileRecord:
     """Write and sync a file, making its folder if need be. Raises OSError naming file and size on a full disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        path.unlink(missing_ok=True)  # a link, or a second name of the file, would lead the write elsewhere
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -78,14 +90,13 @@ def write_durably(path: Path, data: bytes) -> FileRecord:
 
 
 def copy_durably(source: Path, target: Path, record: FileRecord) -> None:
-    """Copy and sync a file. Raises ValueError naming `source` unless what was copied is what `record` says, and OSError
-    as `write_durably` does."""
-    if problem := problem_of(source, record, verify=False):
-        raise ValueError(f"{problem}: restore the file from a copy of its library")
-    if write_durably(target, source.read_bytes()) != record:
-        raise ValueError(
-            f"{source} is altered (its SHA-256 differs from the manifest's): restore the file from a copy of its library"
-        )
+    """Copy and sync a file. Raises ValueError naming `source` unless it is what `record` says, and OSError as
+    `write_durably` does."""
+    try:
+        data = read_checked(source, record)
+    except ValueError as error:
+        raise ValueError(f"{error}: restore the file from a copy of its library") from error
+    write_durably(target, data)
 
 
 @contextmanager

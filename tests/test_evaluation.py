@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from wrapped import TINY, freeze, layers_of, llama, tuner_of, wrap
@@ -15,6 +16,7 @@ from axolotl_brainstacks.evaluation import (
     Batch,
     Row,
     answer,
+    check_vocabulary,
     mean_loss,
     my_batches,
     pack_rows,
@@ -121,6 +123,52 @@ def test_packed_rows_come_back() -> None:
     rows = [*random_rows(6), Row([9], [IGNORED]), Row([1, 2], [1, 2])]
     assert unpack_rows(pack_rows(rows)) == rows
     assert unpack_rows(pack_rows([])) == []
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+WHOLE = {"input_ids": int32(1, 2, 3), "labels": int32(IGNORED, 2, 3), "lengths": int32(2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"lengths": int32(4, -1)}, "lengths do not add up"),
+        ({"lengths": int32(3, 0)}, "lengths do not add up"),
+        ({"lengths": int32(2, 2)}, "lengths do not add up"),
+        ({"labels": int32(1, 2)}, "lengths do not add up"),
+        ({"input_ids": int32(1, -2, 3)}, "it has negative tokens"),
+        ({"labels": int32(-99, 2, 3)}, "it has negative tokens"),
+        ({"input_ids": torch.tensor([1.0, 2.0, 3.0])}, "no lists of int32"),
+        ({"input_ids": torch.tensor([1, 2, 3])}, "no lists of int32"),
+        ({"lengths": int32(3).reshape(1, 1)}, "no lists of int32"),
+        ({"more": int32(1)}, "it has input_ids, labels, lengths, more"),
+        ({"lengths": None}, "it has input_ids, labels"),
+    ],
+)
+def test_rows_that_do_not_add_up_are_refused(change: dict[str, Tensor | None], reason: str) -> None:
+    assert len(unpack_rows(save(WHOLE))) == 2
+    tensors = {key: tensor for key, tensor in (WHOLE | change).items() if tensor is not None}
+    with pytest.raises(ValueError, match=rf"the rows of chat is damaged \((its |its tensors are )?{reason}\): restore"):
+        unpack_rows(save(tensors), "the rows of chat")
+
+
+@pytest.mark.parametrize("data", [b"", b"rows of chat", pack_rows([Row([1, 2], [1, 2])])[:-4]])
+def test_bytes_that_are_no_rows_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="restore"):
+        unpack_rows(data)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused() -> None:
+    model, size = wrap(llama()), TINY["vocab_size"]
+    check_vocabulary([Row([size - 1], [IGNORED])], model, "The rows")
+    for row in (Row([0, size], [IGNORED] * 2), Row([0, 1], [IGNORED, size])):
+        with pytest.raises(
+            ValueError, match=rf"The rows have the token {size}, but the base model has only {size}.*restore"
+        ):
+            check_vocabulary([row], model, "The rows")
 
 
 def test_batches_are_padded_on_the_right() -> None:

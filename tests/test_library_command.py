@@ -1,5 +1,6 @@
 """The command `axolotl brainstacks-library`: list, verify, remove; and it starts without heavy imports."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +44,14 @@ def test_cli_list(library: Library) -> None:
 
 def test_cli_verify(library: Library) -> None:
     result = run(library, "verify")
-    assert result.exit_code == 0 and result.output == "2 stacks, 6 files: clean\n"
+    sha256 = hashlib.sha256((library.path / "manifest.json").read_bytes()).hexdigest()
+    pinned, clean = result.output.splitlines()
+    assert result.exit_code == 0 and clean == "2 stacks, 6 files: clean"
+    assert sha256 in pinned and sha256 in run(library, "list").output
     alter_a_byte(weights(library, "s001_chat"))
     truncate(weights(library, "s002_code"))
     result = run(library, "verify")
-    assert result.exit_code == 1 and len(result.output.splitlines()) == 2
+    assert result.exit_code == 1 and len(result.output.splitlines()) == 3
     assert "s001_chat" in result.output and "s002_code" in result.output
     (library.path / "manifest.json").write_text("{")
     result = run(library, "verify")

@@ -82,6 +82,8 @@ def every_change(library: Library) -> Iterator[None]:
     record = library.write_file("router/router.safetensors", b"new")
     yield
     yield library.set_router(RouterEntry(files={"router/router.safetensors": record}, domains=["law"]))
+    yield library.write_file("report/forgetting.json", b"first") and None
+    yield library.write_file("report/forgetting.json", b"second") and None
     yield library.remove_domain("code") and None
 
 

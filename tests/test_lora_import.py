@@ -1,6 +1,7 @@
 """Ordinary PEFT LoRA adapters become domains of a library, with the outputs they had."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,8 @@ def contents(folder: Path) -> dict[str, bytes]:
         {"use_rslora": True, "r": 6, "lora_alpha": 5},
         {"target_modules": ["q_proj", "v_proj"], "r": 3},
         {"target_modules": ["q_proj", "lm_head"]},
-        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 3, "layers.[02].*.q_proj": 1}},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7},
+         "alpha_pattern": {"v_proj": 3, "layers.[02]{1}.*.q_proj": 1}},
         {"rank_pattern": {"down_proj": 8}, "alpha_pattern": {"o_proj": 1}, "use_rslora": True, "lora_dropout": 0.5},
         {"layers_to_transform": [1, 3], "init_lora_weights": "gaussian"},
     ],
@@ -241,6 +243,49 @@ REFUSED: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     ),
     "half a pair": ("no A and B of one rank", lambda f, base: retensor(f, lambda t: t.pop(Q0 + "B.weight"))),
     "not finite": ("NaN or infinite", lambda f, base: retensor(f, lambda t: t[Q0 + "B.weight"].fill_(torch.nan))),
+    "no alpha": ("`lora_alpha` is not what PEFT writes", lambda f, base: rewrite(f, lambda c: c.pop("lora_alpha"))),
+    "alpha zero": ("`lora_alpha` is not what PEFT writes", lambda f, base: rewrite(f, lambda c: c.update(lora_alpha=0))),
+    "alpha true": ("`lora_alpha` is not what PEFT writes", lambda f, base: rewrite(f, lambda c: c.update(lora_alpha=True))),
+    "alphas of a word": (
+        "`alpha_pattern.q_proj`", lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern={"q_proj": "8"})),
+    ),
+    "a list of alphas": ("`alpha_pattern`", lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern=[1]))),
+    "no regular expression": (
+        r"`alpha_pattern` has the key `q_\(proj`, which is no",
+        lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern={"q_(proj": 8})),
+    ),
+    "an expression that takes for ever": (
+        "takes longer than 5 s", lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern={r"(\w|[a-z]|\.|_)+[^j]": 8})),
+    ),
+    "an expression that is too long": (
+        "longer than 1000", lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern={"q" * 5000: 8})),
+    ),
+    "repeats of repeats": (
+        "more than 10000 repeats",
+        lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern={"(?:(?:q{1000}){1000}){1000}": 8})),
+    ),
+    "no base's name": (
+        "cannot be loaded.*--base-model", lambda f, base: rewrite(f, lambda c: c.pop("base_model_name_or_path")),
+    ),
+    "a number for the base": (
+        "`base_model_name_or_path` is not", lambda f, base: rewrite(f, lambda c: c.update(base_model_name_or_path=7)),
+    ),
+    "a deep config": ("nested deeper", lambda f, base: (f / "adapter_config.json").write_text("[" * 10**5)),
+    "text that steers the terminal": (
+        r"`\\x1b\[2J` is .*u001b\[3J", lambda f, base: rewrite(f, lambda c: c.update({"\x1b[2J": "\x1b[3J"})),
+    ),
+    "one dimension": (
+        r"is a tensor of .* shape \[128\]",
+        lambda f, base: retensor(f, lambda t: t.update({Q0 + "A.weight": torch.randn(128)})),
+    ),
+    "integers": (
+        "is a tensor of torch.int32",
+        lambda f, base: retensor(f, lambda t: t.update({Q0 + "A.weight": torch.ones(4, 32).int()})),
+    ),
+    "a fifo": (
+        "is no regular file",
+        lambda f, base: [(f / "adapter_model.safetensors").unlink(), os.mkfifo(f / "adapter_model.safetensors")],
+    ),
     "untrained": (
         "every B matrix is zero",
         lambda f, base: retensor(f, lambda t: [b.zero_() for key, b in t.items() if "lora_B" in key]),

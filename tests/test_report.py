@@ -52,7 +52,37 @@ def test_broken_records_are_put_aside(tmp_path: Path, caplog: pytest.LogCaptureF
         return  # no line is no record
     assert f"{path} cannot be read" in caplog.text and f"it is now {path}.broken" in caplog.text
     assert not path.exists() and path.with_name(f"{path.name}.broken").read_bytes() == text.encode("latin-1")
+    library = Library.open(library.path)
     assert read_records(library, file) == [] and library.verify() == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"after": 1, "own_stacks": {}, "all_stacks": {}}]',
+        '[{"after": "chat", "own_stacks": {"chat": true}, "all_stacks": {}}]',
+        "[" * 10**5,
+        '[{"after": "\\ud800", "own_stacks": {}, "all_stacks": {}}]',
+    ],
+)
+def test_records_of_wrong_types_are_put_aside(tmp_path: Path, text: str) -> None:
+    library = new_library(tmp_path / "library", tiny_base(), ["chat"])
+    with library.writing():
+        library.write_file(FORGETTING, text.encode())
+    assert "<td>chat" in written(library)
+    assert (library.path / f"{FORGETTING}.broken").read_text() == text
+
+
+def test_altered_records_are_put_aside_and_odd_ones_are_drawn(tmp_path: Path) -> None:
+    rows = [{"after": "chat", "own_stacks": {"chat": float("nan"), "law": 1.0}, "all_stacks": {}}] * 90
+    library = new_library(tmp_path / "library", tiny_base(), ["chat"])
+    with library.writing():
+        library.write_file(FORGETTING, json.dumps(rows).encode())
+    assert written(library).count("base64") == 2
+    path = library.path / FORGETTING
+    path.write_text(path.read_text().replace("chat", "code"))
+    written(library)
+    assert path.with_name("forgetting.json.broken").exists() and Library.open(library.path).verify() == []
 
 
 def test_a_library_without_records_has_a_page_too(tmp_path: Path) -> None:

@@ -243,7 +243,8 @@ def test_records_of_a_version_without_floors_are_read(base: LlamaForCausalLM, tm
     old = [{"stacks": header["stacks"]}, *({key: line[key] for key in ("row", "best", "losses")} for line in lines)]
     text = "".join(json.dumps(line) + "\n" for line in old)
     for floors, forwards in (({}, 0), ({"code": 0.5}, 2)):
-        (library.path / "router/discovery/chat.jsonl").write_text(text)
+        with library.writing():
+            library.write_file("router/discovery/chat.jsonl", text.encode())
         meter = meter_of(library, base, batch_size=8)
         run(library, meter, rows, search="exhaustive", floors=floors)
         assert meter.forwards == forwards
@@ -263,14 +264,43 @@ def test_named_sets_are_measured_and_may_be_the_best(base: LlamaForCausalLM, tmp
         assert cost[item.best] == min(cost.values())
 
 
-def test_damaged_records_are_named(base: LlamaForCausalLM, tmp_path: Path) -> None:
+def cut_off(path: Path, library: Library) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def a_better_set(path: Path, library: Library) -> None:
+    header, first, *rest = path.read_text().splitlines()
+    line = json.loads(first)
+    line["losses"] = {names: 0.0 if names == "code" else loss for names, loss in line["losses"].items()}
+    path.write_text("\n".join([header, json.dumps(line), *rest]) + "\n")
+
+
+def no_longer_listed(path: Path, library: Library) -> None:
+    manifest = json.loads((library.path / "manifest.json").read_text())
+    del manifest["records"]["router/discovery/chat.jsonl"]
+    (library.path / "manifest.json").write_text(json.dumps(manifest))
+    a_better_set(path, library)
+
+
+def unknown_domain(path: Path, library: Library) -> None:
+    text = path.read_text().replace('"code": ', '"law": ', 1)
+    with library.writing():
+        library.write_file("router/discovery/chat.jsonl", text.encode())
+
+
+@pytest.mark.parametrize("damage", [cut_off, a_better_set, no_longer_listed, unknown_domain])
+def test_records_that_were_altered_are_measured_again(
+    base: LlamaForCausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path, Library], None]
+) -> None:
     library = new_library(tmp_path / "library", base, FIVE[:2])
-    rows, meter = random_rows(3, Random()), meter_of(library, base)
-    run(library, meter, rows)
-    path = library.path / "router/discovery/chat.jsonl"
-    path.write_bytes(records(library)[:-20])
-    with pytest.raises(ValueError, match=r"chat\.jsonl is damaged"):
-        run(library, meter, rows)
+    rows, meter = random_rows(3, Random(3)), meter_of(library, base)
+    found, text = run(library, meter, rows), records(library)
+    first, path = meter.forwards, library.path / "router/discovery/chat.jsonl"
+    damage(path, library)
+    library = Library.open(library.path)
+    assert run(library, meter, rows) == found
+    assert meter.forwards == 2 * first and records(library) == text
+    assert str(path) in caplog.text and "measured again" in caplog.text and library.verify() == []
 
 
 class Doomed(Meter):

@@ -38,6 +38,8 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
                 f"There is no library at {plan.library_path}; run `axolotl train` first, or set `brainstacks.library`"
             )
         peft_model = PeftModel.from_pretrained(model, str(plan.library_path))
+        if plan.block.library_sha256:  # what was read is what was checked before the base model was loaded
+            Library.open(plan.library_path, plan.block.library_sha256)
         answering = tuner(peft_model)
         assert answering.resident is not None
         plan.block.check_frozen_dtype(answering.resident.manifest)

@@ -22,7 +22,7 @@ from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_ove
 from axolotl_brainstacks.curriculum.rl_checks import rl_title
 from axolotl_brainstacks.distributed import check_same, is_main, on_each_node, on_main, shared_by_all
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import MANIFEST
+from axolotl_brainstacks.manifest import Manifest
 from axolotl_brainstacks.storage import record_of
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class Plan:
                 "outside in `output_dir`, or another one in `brainstacks.library`"
             )
         plan = cls(_plain(cfg), block, library_path, bool(cfg.get("inference")))
+        if plan.inference and block.library_sha256:
+            Library.open(library_path, block.library_sha256)
         plan._disguise(cfg)
         return plan
 
@@ -148,7 +150,9 @@ class Plan:
             stages.rmdir()
 
     def check_same_library(self) -> None:
-        """Raises ValueError on every rank unless all of them see the same library."""
+        """Raises ValueError on every rank unless all of them see the same library, and the one that is pinned."""
+        if self.block.library_sha256:
+            Library.open(self.library_path, self.block.library_sha256)
         self.library_seen = self._library_state()
         check_same(
             f"The library {self.library_path}",
@@ -164,15 +168,16 @@ class Plan:
             )
 
     def _library_state(self) -> str:
-        manifest = self.library_path / MANIFEST
-        return f"manifest {record_of(manifest.read_bytes()).sha256[:12]}" if manifest.is_file() else "nothing there"
+        if not Library.exists(self.library_path):
+            return "nothing there"
+        return f"manifest {record_of(Manifest.read_bytes(self.library_path)).sha256[:12]}"
 
     def _done_domains(self) -> set[str]:
         """The domains that the library holds already. Raises ValueError if it is damaged, being written, or not the same
         for every process."""
         on_main(self._check_library)
         self.check_same_library()
-        if not (self.library_path / MANIFEST).is_file():
+        if not Library.exists(self.library_path):
             self.block.check_names([])
             return set()
         library = Library.open(self.library_path)
@@ -188,6 +193,8 @@ class Plan:
         return done
 
     def _check_library(self) -> None:
+        if self.block.library_sha256:
+            Library.open(self.library_path, self.block.library_sha256)
         if not Library.exists(self.library_path):
             return Library.check_new(self.library_path)
         # In this order: entering removes what a killed writer left behind, which is no damage.

@@ -26,7 +26,7 @@ from axolotl_brainstacks.calibration import (
 )
 from axolotl_brainstacks.curriculum.build import TRAINED
 from axolotl_brainstacks.distributed import on_main
-from axolotl_brainstacks.evaluation import unpack_rows
+from axolotl_brainstacks.evaluation import check_vocabulary, unpack_rows
 from axolotl_brainstacks.manifest import ConstraintRecord
 from axolotl_brainstacks.nullspace import leakage
 
@@ -94,6 +94,7 @@ def _others(runner: CurriculumRunner, domain: str) -> list[Protected]:
             if entry.name == domain or not entry.answers or not stacks:
                 continue
             rows = unpack_rows(library.validation_of(trained)) if trained.validation else []
+            check_vocabulary(rows, runner.model, f"The validation rows of {entry.name}")
             columns = library.protection(entry.name) if entry.protection else None
             others.append(Protected(entry.name, Calibration(rows, stacks), columns))
         return others

@@ -22,7 +22,7 @@ from axolotl_brainstacks.curriculum.round import Round
 from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 from axolotl_brainstacks.distributed import on_each_node, on_main, world
-from axolotl_brainstacks.evaluation import Row, answer, mean_loss, pack_rows, unpack_rows
+from axolotl_brainstacks.evaluation import Row, answer, check_vocabulary, mean_loss, pack_rows, unpack_rows
 from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
 from axolotl_brainstacks.report import FORGETTING, SAMPLES, read_records, write_report
 from axolotl_brainstacks.storage import json_to_bytes, record_of
@@ -152,7 +152,7 @@ class CurriculumRunner:
         entry = on_main(lambda: self._entry(stage.name))
         if entry is not None and (entry.rounds or entry.before is None):
             # Rows given since would make the losses of its rounds incomparable.
-            rows = on_main(lambda: unpack_rows(self.library.validation(stage.name)))
+            rows = on_main(lambda: self._rows_of(self.library.manifest.domain(stage.name)))
             measured = len(rows) if entry.eval_rows is None else entry.eval_rows
             stage.rows, stage.spare_rows = rows[:measured], rows[measured:]
             return
@@ -246,9 +246,14 @@ class CurriculumRunner:
         measured = []
         for entry in finished:
             if entry.validation is not None:
-                rows = unpack_rows(self.library.validation_of(entry))[: entry.eval_rows]
+                rows = self._rows_of(entry)[: entry.eval_rows]
                 measured.append(Measured(entry.name, rows, [name for name in entry.context if name in every_stack]))
         return measured, every_stack
+
+    def _rows_of(self, entry: DomainEntry) -> list[Row]:
+        rows = unpack_rows(self.library.validation_of(entry), f"the validation rows of {entry.name}")
+        check_vocabulary(rows, self.model, f"The validation rows of {entry.name}")
+        return rows
 
     # The end
 

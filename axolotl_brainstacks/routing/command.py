@@ -75,7 +75,7 @@ def run(config: str) -> None:
 
 def _show(library: Library, evaluation: dict[str, Any], state: str) -> None:
     if is_main():
-        report.show(evaluation, Console())
+        report.show(evaluation, Console(markup=False, emoji=False))
         print(f"The router of {library.path}: {state}; figures in {EVALUATION} and {PAGE}")
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from safetensors import SafetensorError
-
 from axolotl_brainstacks.args import DomainArgs, RouterArgs
 from axolotl_brainstacks.evaluation import Row, pack_rows, unpack_rows
 from axolotl_brainstacks.library import Library
@@ -154,21 +152,22 @@ def _check_split(library: Library, stage: DomainStage) -> None:
 
 
 def _kept(library: Library, domain: str) -> list[Row]:
-    path = library.path / _file(domain)
-    if path.exists():
-        try:
-            return unpack_rows(path.read_bytes())
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): name `{domain}` with its `datasets:` under `brainstacks.domains`, or delete "
-                "the file, and the domain's validation rows are used"
-            ) from error
+    file = _file(domain)
+    try:
+        if (data := library.read_file(file)) is not None:
+            return unpack_rows(data, library.path / file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{error}; or name `{domain}` with its `datasets:` under `brainstacks.domains`: its prompts are drawn from these"
+        ) from error
+    if (library.path / file).exists():
+        LOG.warning("%s is not listed in the library's manifest and left alone: an older version wrote it", file)
     if library.manifest.domain(domain).validation is None:
         raise ValueError(
             f"Domain `{domain}` of {library.path} has no prompts to measure on: name it with its `datasets:` under "
             "`brainstacks.domains`"
         )
-    return unpack_rows(library.validation(domain))
+    return unpack_rows(library.validation(domain), f"the validation rows of {domain}")
 
 
 def _held_out(rows: Iterable[Row], trained: set[bytes], limit: int, source: str) -> list[Row]:

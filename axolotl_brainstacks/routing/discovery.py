@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +15,19 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.distributed import is_main, on_main
 from axolotl_brainstacks.evaluation import Row
+from axolotl_brainstacks.guarded import parse_json, printable
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.routing.measure import Meter
 from axolotl_brainstacks.routing.search import DomainSet, Search
+
+LOG = logging.getLogger(__name__)
 
 FOLDER = "router/discovery"
 # A kill loses at most the chunk it falls into; larger chunks leave fewer batches that are not full.
@@ -54,6 +59,22 @@ def row_key(row: Row) -> str:
     return hashlib.sha256(json.dumps([row.input_ids, row.labels]).encode()).hexdigest()[:16]
 
 
+class _Header(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    stacks: dict[str, list[str]]
+    floors: dict[str, float] = {}
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    row: str
+    best: list[str] = []
+    losses: dict[str, float]
+    base: float | None = None
+
+
 class Records:
     """`router/discovery/<source>.jsonl`: first a line with each domain's stacks and floor, then a line per row.
 
@@ -68,28 +89,39 @@ class Records:
         self.rows: dict[str, dict[str, Any]] = {}
 
     def read(self) -> dict[str, tuple[dict[DomainSet, float], float | None]]:
-        """By row key: the losses by set of domains, and the base's. Raises ValueError when the file is damaged."""
+        """By row key: the losses by set of domains, and the base's. Nothing, with a warning, when the file is not what the
+        library's manifest says: it is measured again then."""
         path = self.library.path / self.file
-        if not path.exists():
-            return {}
         try:
-            header, *lines = map(json.loads, path.read_text().splitlines())
-            stacks, floors = header["stacks"], header.get("floors", {})
-            changed = {d for d in {*stacks, *self.stacks} if stacks.get(d) != self.stacks.get(d)}
-            moved = {d for d in {*floors, *self.floors} if floors.get(d) != self.floors.get(d) or d in changed}
-            known = {}
-            for line in lines:
-                every = {_members(name): float(loss) for name, loss in line["losses"].items()}
-                # Before there were floors, the empty set was the base.
-                base = line["base"] if "base" in line else None if floors else every.get(())
-                losses = {s: loss for s, loss in every.items() if changed.isdisjoint(s) and moved.issubset(s)}
-                if base is not None and not self.floors:
-                    losses[()] = base
-                known[line["row"]] = losses, base
-                self.rows[line["row"]] = line | {"base": base, "losses": self._named(losses)}
-            return known
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): delete it, and it is measured again") from error
+            data = self.library.read_file(self.file)
+            if data is None:
+                if path.exists():
+                    LOG.warning("%s is not listed in the library's manifest: its losses are measured again", path)
+                return {}
+            header, *lines = (parse_json(line, non_finite=True) for line in data.splitlines())
+            return self._losses(_Header.model_validate(header), [_Line.model_validate(line) for line in lines])
+        except (ValueError, OSError) as error:
+            LOG.warning("%s cannot be used, so its losses are measured again (%s)", path, printable(error))
+            self.rows = {}
+            return {}
+
+    def _losses(self, header: _Header, lines: list[_Line]) -> dict[str, tuple[dict[DomainSet, float], float | None]]:
+        stacks, floors = header.stacks, header.floors
+        changed = {d for d in {*stacks, *self.stacks} if stacks.get(d) != self.stacks.get(d)}
+        moved = {d for d in {*floors, *self.floors} if floors.get(d) != self.floors.get(d) or d in changed}
+        known = {}
+        for line in lines:
+            every = {_members(name): loss for name, loss in line.losses.items()}
+            if unknown := {domain for names in every for domain in names} - stacks.keys():
+                raise ValueError(f"losses of domain {min(unknown)!r}, whose stacks are not named")
+            # Before there were floors, the empty set was the base.
+            base = line.base if "base" in line.model_fields_set else None if floors else every.get(())
+            losses = {s: loss for s, loss in every.items() if changed.isdisjoint(s) and moved.issubset(s)}
+            if base is not None and not self.floors:
+                losses[()] = base
+            known[line.row] = losses, base
+            self.rows[line.row] = line.model_dump() | {"base": base, "losses": self._named(losses)}
+        return known
 
     def write(self, found: Sequence[Found]) -> None:
         """Add or replace the lines of these rows, atomically."""
@@ -104,9 +136,7 @@ class Records:
             }
         header = {"stacks": self.stacks, "floors": self.floors}
         text = "".join(json.dumps(line) + "\n" for line in [header, *self.rows.values()])
-        path = self.library.path / self.file
-        if not path.exists() or path.read_text() != text:
-            self.library.write_file(self.file, text.encode())
+        self.library.write_file(self.file, text.encode())
 
     def _named(self, losses: Mapping[DomainSet, float]) -> dict[str, float]:
         ordered = sorted(losses, key=lambda names: (len(names), [self.domains.index(name) for name in names]))
@@ -131,7 +161,7 @@ def discover(
         named: sets to measure whatever the search does, with their names, by `row_key`.
 
     Raises:
-        ValueError: if the records of an earlier run are damaged, or `search: exhaustive` has too many domains.
+        ValueError: if `search: exhaustive` has too many domains.
     """
     search = Search.of(meter.domains, args)
     results: dict[str, list[Found]] = {}

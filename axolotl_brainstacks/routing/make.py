@@ -15,6 +15,8 @@ from torch import Tensor
 
 from axolotl_brainstacks.args import GateArgs, RouterArgs, ThresholdArgs
 from axolotl_brainstacks.distributed import on_main
+from axolotl_brainstacks.evaluation import check_vocabulary
+from axolotl_brainstacks.guarded import parse_json
 from axolotl_brainstacks.library import WEIGHTS as STACK_WEIGHTS
 from axolotl_brainstacks.library import Library, Manifest
 from axolotl_brainstacks.report import ROUTER_CHART, write_report
@@ -25,7 +27,7 @@ from axolotl_brainstacks.routing.evaluate import Judged, summary
 from axolotl_brainstacks.routing.fit import Prompts, Score, fit, probabilities, target
 from axolotl_brainstacks.routing.gate import gate
 from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.report import chart
+from axolotl_brainstacks.routing.report import Shown, chart
 from axolotl_brainstacks.routing.router import Router, RouterConfig
 from axolotl_brainstacks.routing.search import DomainSet, Search
 from axolotl_brainstacks.storage import json_to_bytes
@@ -67,9 +69,13 @@ def made_before(library: Library, origin: str) -> dict[str, Any] | None:
     """The evaluation of the library's router if it is whole and has this origin."""
     try:
         Router.load(library)
-        evaluation: dict[str, Any] = json.loads((library.path / EVALUATION).read_text())
+        data = library.read_file(EVALUATION)
+        if data is None:
+            return None
+        evaluation: dict[str, Any] = parse_json(data, non_finite=True)
+        Shown.model_validate(evaluation)
         return evaluation if evaluation["origin"] == origin else None
-    except (ValueError, OSError, KeyError, TypeError):
+    except (ValueError, OSError, KeyError):
         return None
 
 
@@ -79,6 +85,7 @@ def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args:
     Returns:
         The content of `router/evaluation.json`.
     """
+    check_vocabulary((sample.row for sample in samples), meter.model, "The router's prompts")
     made_from = origin(library, samples, args)
     parts = split(samples, args)
     if not args.mixed_datasets:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from axolotl_brainstacks.guarded import printable
 from axolotl_brainstacks.report import png
 from axolotl_brainstacks.routing.evaluate import CHOICES
 
@@ -15,15 +17,42 @@ COLOURS = ("#999999", "#d55e00", "#56b4e9", "#e69f00", "#cc79a7", "#f0e442", "#0
 HEADINGS = ("base", "all on", "own", "trained", "soft", "hard", "router", "best", "regret")
 
 
+class _Score(BaseModel):
+    top1: float
+    set_match: float
+    bce: float
+
+
+class _Gate(BaseModel):
+    weights: str
+    gate_threshold: float
+
+
+class Shown(BaseModel):
+    """What `show` needs of `evaluation.json`, and what tells whether the file is still true."""
+
+    origin: str
+    score: dict[str, _Score]
+    gate: _Gate
+    settings: _Gate
+    calibration: list[Any]
+    prompts: dict[str, dict[str, int]]
+    losses: dict[str, dict[str, float]]
+    winners: dict[str, dict[str, int]]
+    found_by: dict[str, dict[str, int]]
+    leaves_out_own: dict[str, float]
+
+
 def show(evaluation: dict[str, Any], console: Console) -> None:
-    """Print the tables of `evaluation.json`."""
+    """Print the tables of `evaluation.json`; `console` must not take its text for markup."""
+    evaluation = _printable(evaluation)
     for name, score in evaluation["score"].items():
         figures = f"accuracy {score['top1']:.1%}, set match {score['set_match']:.1%}, BCE {score['bce']:.3f}"
         console.print(f"Unseen prompts ({name}): {figures}")
     gate, prompts = evaluation["gate"], evaluation["prompts"]
     origin = "as configured"
     if evaluation["calibration"]:
-        validation = sum(parts["validation"] for parts in prompts.values())
+        validation = sum(parts.get("validation", 0) for parts in prompts.values())
         origin = f"best of {len(evaluation['calibration'])} on {validation} validation prompts"
     console.print(f"Gate: {gate['weights']} weights from probability {gate['gate_threshold']:g} on, {origin}")
     table = Table(
@@ -34,7 +63,7 @@ def show(evaluation: dict[str, Any], console: Console) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for source, row in evaluation["losses"].items():
         cells = [f"{row[choice]:.3f}" if choice in row else "-" for choice in (*CHOICES, "regret")]
-        table.add_row(source, str(row["prompts"]), *cells, str(row["uncovered"]))
+        table.add_row(source, str(row.get("prompts", "-")), *cells, str(row.get("uncovered", "-")))
     console.print(table)
     console.print(
         "own: the stacks of the prompt's own domain; trained: those that were on when that was trained; soft, hard: the "
@@ -50,12 +79,21 @@ def show(evaluation: dict[str, Any], console: Console) -> None:
     for source, wins in evaluation["winners"].items():
         total = sum(wins.values())
         shares = [
-            ", ".join(f"{title} {count / total:.0%}" for title, count in counts.items())
-            for counts in (wins, evaluation["found_by"][source])
+            ", ".join(f"{title} {count / max(total, 1):.0%}" for title, count in counts.items())
+            for counts in (wins, evaluation["found_by"].get(source, {}))
         ]
         own = evaluation["leaves_out_own"]
         table.add_row(source, str(total), *shares, f"{own[source]:.0%}" if source in own else "-")
     console.print(table)
+
+
+def _printable(value: Any) -> Any:
+    """`value` with every text in it made `printable`: it comes from the library."""
+    if isinstance(value, dict):
+        return {printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def chart(evaluation: dict[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.adapter.tensors import check_values
 from axolotl_brainstacks.args import GateArgs
+from axolotl_brainstacks.guarded import folder_problem, read
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
 from axolotl_brainstacks.routing.features import MAX_TOKENS
 from axolotl_brainstacks.routing.gate import gate
@@ -170,9 +171,9 @@ def _listed(folder: Path, entry: RouterEntry, file: str) -> bytes:
     path, record = folder / file, entry.files.get(file)
     if record is None:
         raise _Damaged(f"{path} is not listed in the manifest")
-    if problem := problem_of(path, record, verify=False):
+    if problem := folder_problem(folder, file) or problem_of(path, record, verify=False):
         raise _Damaged(problem)
-    data = path.read_bytes()
+    data = read(path, record.bytes)
     if record_of(data) != record:
         raise _Damaged(f"{path} is altered (its SHA-256 differs from the manifest's)")
     return data

@@ -1,0 +1,152 @@
+"""The one way in which files that may come from a stranger are opened for reading: a library's, an adapter's to import.
+
+Only regular files are opened, so a FIFO or a device blocks nobody; sizes and nesting are bounded before anything is made
+of the content. A link to a *file* is followed, as the Hugging Face Hub's cache consists of such links; a link to a
+*folder* inside a library is refused, because writing and deleting there would happen elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_DEPTH = 32
+# A header takes about 150 bytes a tensor.
+MAX_HEADER_BYTES = 32 * 2**20
+
+
+def printable(text: object) -> str:
+    """`text` on one line, for a terminal: control characters, also those that reorder text, become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def folder_problem(root: Path, relative: str) -> str | None:
+    """What is wrong, in one line, with the folders between `root` and its file `relative`; None also if one is missing.
+
+    `root` itself may be a link: its user has named it.
+    """
+    for parent in reversed(PurePosixPath(relative).parents[:-1]):
+        try:
+            mode = (root / parent).lstat().st_mode
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISDIR(mode):
+            kind = "a symbolic link" if stat.S_ISLNK(mode) else "no folder"
+            return f"{printable(root / parent)} is {kind}, and a library has only real folders: put the folder itself there"
+    return None
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading. Raises OSError when it cannot be opened, ValueError unless it is a regular one."""
+    # Opening a device can do something already, so it is looked at first; and again, as what was opened counts.
+    if stat.S_ISREG(path.stat().st_mode):
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb")
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    raise ValueError(f"{printable(path)} is no regular file: remove it, or restore the file from a copy")
+
+
+def read(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a file of at most `limit` bytes. Raises as `open_regular`, and ValueError for a larger one."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size <= limit and len(data := file.read(limit + 1)) <= limit:
+            return data
+    raise ValueError(
+        f"{printable(path)} is larger than the {limit} bytes that it may have: restore the file from a copy"
+    )
+
+
+def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
+    """The value of a JSON document.
+
+    Args:
+        non_finite: whether NaN and infinite numbers are allowed, as Python writes them.
+
+    Raises:
+        ValueError: for malformed JSON, text that is not Unicode, a key that an object has twice, nesting deeper than
+            `MAX_DEPTH`, or a number that is not finite.
+    """
+
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)) and not non_finite:
+            raise ValueError(f"{text[:20]} is no finite number")
+        return number
+
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=finite, parse_constant=finite)
+        if "\\u" in text:  # half of a character can be written as an escape, and nowhere again
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        raise ValueError(printable(f"{type(error).__name__}: {error}")) from None
+    level, depth = [value], 0
+    while level := [item for inner in level for item in _items(inner)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The value of a JSON file. Raises OSError, and ValueError naming the file, as `read` and `parse_json`."""
+    data = read(path, limit)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)} is damaged ({error}): restore the file from a copy") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, memory-mapped on the CPU. Raises ValueError when it is damaged."""
+    from safetensors.torch import load_file
+
+    with open_regular(path) as file:
+        _check_header(path, file.read(8), os.fstat(file.fileno()).st_size)
+    try:
+        return load_file(path)
+    except Exception as error:  # the reader's own, and whatever torch says of a shape or type
+        raise ValueError(f"{printable(path)} is damaged ({printable(error)}): restore it from a copy") from error
+
+
+def parse_tensors(data: bytes, name: object) -> dict[str, Tensor]:
+    """The tensors of a safetensors file in memory. Raises ValueError calling it `name` when it is damaged."""
+    from safetensors.torch import load
+
+    _check_header(name, data[:8], len(data))
+    try:
+        return load(data)
+    except Exception as error:  # as above
+        raise ValueError(f"{printable(name)} is damaged ({printable(error)}): restore it from a copy") from error
+
+
+def _check_header(name: object, start: bytes, size: int) -> None:
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise ValueError(f"{printable(name)} is damaged (no safetensors header): restore it from a copy")
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:100]!r} is there twice")
+    return found

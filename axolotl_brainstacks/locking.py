@@ -1,0 +1,111 @@
+"""One writer of a folder: other threads of this process wait, other processes are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import ClassVar
+from weakref import WeakValueDictionary
+
+from filelock import FileLock, Timeout
+
+from axolotl_brainstacks.guarded import parse_json, printable, read
+
+LOCK = ".lock"
+OWNER = ".lock.owner"
+
+
+class FolderLock:
+    """Re-entrant within a thread. The lock dies with its process; two objects for one folder are one lock."""
+
+    _known: ClassVar[WeakValueDictionary[Path, FolderLock]] = WeakValueDictionary()
+    _knowing: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.owner = folder / LOCK, folder / OWNER
+        self._threads = threading.RLock()
+        self._between_processes = FileLock(self.path, timeout=0, thread_local=False)
+        self._thread: int | None = None
+        self._depth = 0
+
+    @classmethod
+    def of(cls, folder: Path) -> FolderLock:
+        folder = folder.resolve()
+        with cls._knowing:
+            return cls._known.get(folder) or cls._known.setdefault(folder, cls(folder))
+
+    @property
+    def held(self) -> bool:
+        """Whether this thread has it; a forked process has not."""
+        return self._thread == threading.get_ident() and self._between_processes.is_locked
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Have the lock. Raises ValueError when another process has it."""
+        with self._threads:
+            if not self._between_processes.is_locked:
+                self._acquire()
+            self._thread, self._depth = threading.get_ident(), self._depth + 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self._thread = None
+                    self._release()
+
+    def _acquire(self) -> None:
+        for path in (self.path, self.owner):
+            with suppress(FileNotFoundError):
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    raise ValueError(f"{path} is no regular file, and a writer would write through it: delete it")
+        try:
+            self._between_processes.acquire()
+        except Timeout:
+            title, alive = self._holder()
+            stale = f"; if there is none, as beside a copied {LOCK}, delete {self.path}"
+            raise ValueError(
+                f"{self.path.parent} is being written by another process ({title}): wait until it has ended, or stop it, "
+                f"then run the same command again{'' if alive else stale}"
+            ) from None
+        # Only a courtesy to whoever is refused: a full disk must not stop a writer that came to free space.
+        with suppress(OSError):
+            self.owner.unlink(missing_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(self.owner, flags, 0o644), "w") as file:
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+
+    def _release(self) -> None:
+        # A copy of the folder would tell the host's name. A forked process, which does not have the lock, leaves it.
+        with suppress(OSError, ValueError):
+            if self._between_processes.is_locked and self._owner()[0] == os.getpid():
+                self.owner.unlink()
+        self._between_processes.release()
+
+    def _owner(self) -> tuple[int, str]:
+        found = parse_json(read(self.owner, 4096))
+        if not (isinstance(found, dict) and type(found.get("pid")) is int and isinstance(found.get("host"), str)):
+            raise ValueError(f"{self.owner} names no process")
+        return found["pid"], found["host"]
+
+    def _holder(self) -> tuple[str, bool]:
+        """Who has the lock, as far as that is known, and whether it may be alive."""
+        try:
+            pid, host = self._owner()
+        except (OSError, ValueError):
+            return "its pid is unknown", False
+        alive = True
+        if host == socket.gethostname():
+            try:
+                os.kill(pid, 0)
+            except PermissionError:
+                pass
+            except (OSError, OverflowError):
+                alive = False
+        return f"pid {pid} on {printable(host)}", alive
