@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.adapter.tensors import check_values
 from axolotl_brainstacks.args import GateArgs
-from axolotl_brainstacks.guarded import folder_problem, read
+from axolotl_brainstacks.guarded import folder_problem, parse_json, read
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
 from axolotl_brainstacks.routing.features import MAX_TOKENS
 from axolotl_brainstacks.routing.gate import gate
@@ -147,7 +146,7 @@ class Router:
     @classmethod
     def _of(cls, config: bytes, weights: bytes, domains: list[str]) -> Router:
         """The router of two files. Nothing is made of a size that is not the weights' own."""
-        settings = RouterConfig.model_validate(json.loads(config))
+        settings = RouterConfig.model_validate(parse_json(config))
         tensors = safetensors.torch.load(weights)
         check_values("The router", tensors)
         if settings.domains != domains:
