@@ -37,8 +37,8 @@ class NullSpaceArgs(_Strict):
     directions: int = Field(
         default=64,
         ge=0,
-        description="Most columns that protect a domain, per projection; 0 turns projection off. Default with `context: "
-        "isolated`: 0.",
+        description="Most columns that protect a domain, per projection; 0: it trains without regard to others. Default with "
+        "`context: isolated`: 0.",
     )
     samples: int = Field(default=400, ge=1, description="Validation rows of a domain to fit its columns on.")
     min_capacity: float = Field(

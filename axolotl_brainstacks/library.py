@@ -144,6 +144,8 @@ class Library(LibraryRecords):
 
     def remove_domain(self, name: str) -> list[str]:
         """Remove a domain with its stacks and what protects it; the router is stale then. Returns its dependents."""
+        self.manifest.domain(name)
+        self.drop_file(f"router/prompts/{name}.safetensors")  # the domain's next data may be trained on them
         with self._changing() as manifest:
             dependents = manifest.dependents(name)
             manifest.unprotect(name)
@@ -176,6 +178,8 @@ class Library(LibraryRecords):
 
     def finish_domain(self, name: str) -> DomainEntry:
         """Close a domain after its last round; of one that was replaced, the old stacks give way to the new ones."""
+        if self.manifest.domain(name).before:
+            self.drop_file(f"router/prompts/{name}.safetensors")  # the new stacks may have been trained on them
         with self._changing() as manifest:
             replacement.finish(manifest, name)
         return self.manifest.domain(name)

@@ -50,6 +50,16 @@ class LibraryRecords(LibraryFolder):
             record = pending
         return read_checked(path, record)
 
+    def drop_file(self, relative: str) -> None:
+        """Remove a file of `Manifest.records`, if it is one."""
+        if relative not in self.manifest.records:
+            return
+        with self._changing() as manifest:
+            manifest.records.pop(relative)
+            manifest.pending.pop(relative, None)
+        self._check_way(relative)
+        (self.path / relative).unlink(missing_ok=True)
+
     def set_aside(self, relative: str) -> Path:
         """Rename a file of `Manifest.records` that cannot be used, and list it no more. Its new path."""
         with self._changing() as manifest:

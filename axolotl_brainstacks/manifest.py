@@ -355,7 +355,8 @@ class Manifest(_Entry):
         listed yet comes last. With `isolated`, its own stacks alone.
         """
         names = [entry.name for entry in self.domains]
-        earlier = [] if isolated else names[: names.index(domain)] if domain in names else names
+        before = names[: names.index(domain)] if domain in names else names
+        earlier = [] if isolated else [name for name in before if self.domain(name).answers]
         replaced = self.domain(domain).replaced if domain in names else []
         active = {stack.name for stack in self.active_stacks}
         return [
@@ -369,7 +370,8 @@ class Manifest(_Entry):
         """The other domains that were trained with stacks of this one on, and change when they go."""
         self.domain(name)
         own = {stack.name for stack in self.stacks_of(name)}
-        return [d.name for d in self.domains if d.name != name and own.intersection(d.context)]
+        on = {d.name: own.intersection([*d.context, *(d.before.context if d.before else [])]) for d in self.domains}
+        return [d.name for d in self.domains if d.name != name and on[d.name]]
 
     def outdated_protections(self, name: str) -> list[str]:
         """The protected domains whose columns no longer hold what they should once the stacks of `name` are gone.

@@ -22,6 +22,8 @@ def check(manifest: Manifest, name: str) -> None:
 def begin(manifest: Manifest, name: str) -> None:
     """Mark the domain as one to be trained again. Raises as `check` does."""
     check(manifest, name)
+    # What protects domains trained on top of it holds directions of its old stacks, which it has to be free to use again.
+    manifest.unprotect(name)
     entry = manifest.domain(name)
     entry.before = entry.model_copy(deep=True, update={"protection": None})
     entry.replaced = [stack.name for stack in manifest.stacks_of(name)]
@@ -29,13 +31,16 @@ def begin(manifest: Manifest, name: str) -> None:
 
 
 def undo(manifest: Manifest, name: str) -> None:
-    """Put the domain back as it was; new stacks are dropped. Raises ValueError when it is not being replaced."""
+    """Put the domain back as it was; new stacks are dropped. Raises ValueError when it is not being replaced.
+
+    What protects it and the domains on top of it is fitted again by the next training.
+    """
     entry = manifest.domain(name)
     if entry.before is None:
         raise ValueError(f"domain {name!r} is not being replaced, so there is nothing to undo")
+    manifest.unprotect(name)
     manifest.stacks = [s for s in manifest.stacks if s.domain != name or s.name in entry.replaced]
-    old = entry.before.model_copy(update={"protection": entry.protection})
-    manifest.domains[manifest.domains.index(entry)] = old
+    manifest.domains[manifest.domains.index(entry)] = entry.before
 
 
 def finish(manifest: Manifest, name: str) -> None:

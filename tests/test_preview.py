@@ -209,7 +209,7 @@ def test_columns_and_unknown_rl_steps() -> None:
     made = of(
         domain("chat", directions=9), domain("code", directions=4, rl_rounds=("grpo",), rl_steps=(None,)), columns=3
     )
-    assert made.all_columns == 3 + 4  # what protects chat; nothing trains after code
+    assert made.all_columns == 3 + 9  # what protects chat, by its own setting; nothing trains after code
     assert "those of RL rounds by epochs" in made.summary()[0] and "40 steps" in made.summary()[0]
 
 

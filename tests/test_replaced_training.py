@@ -33,4 +33,6 @@ def test_a_replaced_domain_is_trained_again_in_its_place(tiny_llama_dir: Path, t
     # Trained against what protects code, as code's data and stacks are there; the first time nothing was.
     assert chat.constraint is not None and chat.constraint.protects == ["code"]
     assert chat.rounds[0].metrics["null_space_leakage"] < 1e-6
+    # What code was trained on top of, the old stack of chat, is no reason to keep the new one out of its directions.
+    assert chat.constraint.columns <= 8 and code.protection is None
     assert before.manifest.domain("chat").constraint is None

@@ -21,7 +21,7 @@ def questions(folder: Path, **columns: Any) -> dict[str, Any]:
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps({"question": f"{i} + 1?", **columns}) + "\n" for i in range(12)))
     entry = {"path": str(path), "ds_type": "json", "split": "train", "type": "axolotl_brainstacks.question_answer"}
-    return {"datasets": [entry], "val_set_size": 0.34}
+    return {"datasets": [entry], "val_set_size": 4}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,19 @@ def questions(folder: Path, **columns: Any) -> dict[str, Any]:
         ),
         ({"rl": "dpo", "load_in_4bit": True}, rf"`load_in_4bit` of {ENTRY} has to be the same for all domains"),
         ({"rl": "dpo", "reward_model": True}, rf"`reward_model` of {ENTRY} cannot be used"),
+        (
+            {"rl": "dpo", "brainstacks": {"samples": {"prompts": 1}}},
+            rf"`brainstacks\.samples` of {ENTRY} has no effect",
+        ),
+        (
+            {"rl": "dpo", "brainstacks": {"boosting": {"max_rounds": 2}}},
+            rf"`brainstacks\.boosting\.max_rounds` of {ENTRY} has no effect",
+        ),
+        (
+            {"rl": "kto", "micro_batch_size": 1, "datasets": [{"path": "x"}]},
+            rf"`micro_batch_size` of {ENTRY} is 1; KTO",
+        ),
+        ({"rl": "dpo", "trainer_cls": "x.Y"}, rf"`trainer_cls` of {ENTRY} cannot be used"),
         (
             {"rl": "dpo", "brainstacks": {"eval_rows": 3}},
             r"brainstacks\.domains\.math\.rl_rounds\.0\.brainstacks\.eval_rows` is not a key",
@@ -54,6 +67,8 @@ def test_keys(config: dict[str, Any], entry: dict[str, Any], message: str) -> No
         ({}, rf"`trl\.reward_funcs` is missing in {ENTRY}; .*axolotl_brainstacks\.rewards\.numeric_answer"),
         (REWARDS | {"use_vllm": True}, rf"`trl\.use_vllm` of {ENTRY} cannot be used"),
         (REWARDS | {"sync_ref_model": True}, rf"`trl\.sync_ref_model` of {ENTRY} cannot be used"),
+        (REWARDS | {"reward_weights": [1.0, 2.0]}, rf"`trl\.reward_weights` of {ENTRY} has 2 values for 1"),
+        (REWARDS | {"num_generations": 1}, rf"`trl\.num_generations` of {ENTRY} is 1"),
         (REWARDS | {"num_generations": 3}, rf"{ENTRY} is not valid: .*num_generations=3"),
         ({**REWARDS, "reward_funcs": ["nowhere.reward"]}, rf"{ENTRY}.*`nowhere\.reward`.*cannot be imported"),
         ({**REWARDS, "reward_funcs": ["math.no_such"]}, rf"{ENTRY}.*`math\.no_such`.*no function"),

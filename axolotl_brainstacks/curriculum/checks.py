@@ -21,6 +21,7 @@ REFUSED = {
     "fsdp_config": "FSDP is not supported; use `deepspeed:`",
     "save_only_model": "an interrupted round could not be resumed",
     "reward_model": "reward models are not supported",
+    "trainer_cls": "every stage has Axolotl's own trainer",
     "process_reward_model": "reward models are not supported",
     "peft_use_dora": "stacks have no DoRA magnitude",
     "loraplus_lr_ratio": "a stack has no LoRA+ groups; use `learning_rate`",

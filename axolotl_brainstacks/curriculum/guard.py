@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ class Guard(TrainerCallback):
         self.evaluated_step = -1
         self.stop_reason = "finished"
         self.closed = False
+        # Whether a checkpoint written now holds all that the next step needs.
+        self.resumable: Callable[[], bool] = lambda: True
         self._report: str | None = None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -137,7 +140,7 @@ class Guard(TrainerCallback):
         The Trainer would train one more step from a checkpoint at which the round has ended, so that one never counts.
         """
         barrier()  # what the other ranks write of it is there
-        if not args.should_save or self.ended(state):
+        if not args.should_save or self.ended(state) or not self.resumable():
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         for saved in folder.glob("global_step*"):

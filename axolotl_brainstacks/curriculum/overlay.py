@@ -9,7 +9,7 @@ from axolotl.integrations.config import merge_input_args
 
 from axolotl_brainstacks.args import DomainArgs, nearest
 from axolotl_brainstacks.curriculum.checks import check_refused
-from axolotl_brainstacks.curriculum.rl_checks import check_rl, rl_title
+from axolotl_brainstacks.curriculum.rl_checks import check_settings, rl_title
 
 EVALUATION = ("eval_steps", "evals_per_epoch", "eval_strategy")
 SAVING = ("save_steps", "saves_per_epoch", "save_strategy")
@@ -50,7 +50,7 @@ def check_overlay(domain: DomainArgs) -> None:
     for number, entry in enumerate(domain.rl_rounds):
         where = rl_title(domain.name, number)
         _check_keys(entry.overlay, where)
-        check_rl(entry.overlay, where)
+        check_settings(entry, where)
 
 
 def _check_keys(overlay: dict[str, Any], where: str) -> None:
@@ -81,11 +81,12 @@ def overlaid(raw: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 def overlaid_rl(domain: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """A domain's complete config under the keys of one of its `rl_rounds:`.
 
-    Of the domain's data nothing stays: its rows have another form. RL trainers pack no rows, and need all columns.
+    Of the domain's data nothing stays but the share that is held out: its rows have another form. RL trainers pack no rows,
+    and need all columns.
     """
     defaults: dict[str, Any] = {"remove_unused_columns": False}
     if overlay["rl"] == "simpo":
         defaults["simpo_gamma"] = 0.5  # TRL's default, for which Axolotl puts None
     overlay = defaults | overlay
-    own = {key: value for key, value in domain.items() if key not in ("test_datasets", "val_set_size")}
+    own = {key: value for key, value in domain.items() if key not in ("datasets", "test_datasets")}
     return overlaid(own, overlay | {"sample_packing": False, "eval_sample_packing": False})

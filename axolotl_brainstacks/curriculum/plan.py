@@ -19,7 +19,7 @@ from axolotl_brainstacks.adapter.model import PROJECTIONS
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.checks import check_refused, check_values
 from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid, overlaid_rl
-from axolotl_brainstacks.curriculum.rl_checks import rl_title
+from axolotl_brainstacks.curriculum.rl_checks import check_rl, rl_title
 from axolotl_brainstacks.distributed import check_same, is_main, on_each_node, on_main, shared_by_all
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.manifest import Manifest
@@ -81,7 +81,9 @@ class Plan:
             check_values(own, f"domain `{domain.name}`", domain.overlay)
             for number, entry in enumerate(domain.rl_rounds):
                 title = rl_title(domain.name, number)
-                check_values(overlaid_rl(own, entry.overlay), title, entry.overlay)
+                keys = overlaid_rl(own, entry.overlay)
+                check_rl(keys, title)
+                check_values(keys, title, entry.overlay)
             if not domain.overlay.get("datasets") and not cfg.get("datasets"):
                 where = f"domain `{domain.name}` of brainstacks.domains" if block.domains else "the top level"
                 raise ValueError(f"`datasets:` is missing in {where}; without data there is nothing to learn")
@@ -131,9 +133,9 @@ class Plan:
             names = ", ".join(domain.name for domain in self.block.curriculum)
             print(f"Brainstacks: nothing to do, {self.library_path} holds all domains already: {names}")
             raise SystemExit(0)
-        self.stages = load_domains(self.raw, todo, self.block, with_rl=True)
+        self.stages = load_domains(self.raw, todo, self.block, with_rl=True, training=not preprocess)
         for stage in self.stages:
-            check_same(f"The data of domain `{stage.name}`", stage.data, "give all nodes the same files")
+            check_same(f"The data of domain `{stage.name}`", stage.all_data, "give all nodes the same files")
         self.output_shared = shared_by_all(Path(self.raw["output_dir"]))
         if is_main():
             print_plan(self, whole=preprocess)
@@ -183,6 +185,7 @@ class Plan:
         library = Library.open(self.library_path)
         self.block.check_names(entry.name for entry in library.manifest.domains)
         self.block.check_frozen_dtype(library.manifest)
+        self._check_rl_rounds(library)
         done = {entry.name for entry in library.manifest.domains if entry.done}
         if self.block.domain in done:
             raise ValueError(
@@ -191,6 +194,27 @@ class Plan:
                 f"{self.block.domain}`"
             )
         return done
+
+    def _check_rl_rounds(self, library: Library) -> None:
+        """Raises ValueError when the RL rounds that a half-trained domain has behind it are others than the YAML's."""
+        entries = {entry.name: entry for entry in library.manifest.domains}
+        for domain in self.block.curriculum:
+            if domain.name not in entries:
+                continue
+            asked = [entry.rl for entry in domain.rl_rounds]
+            behind = [record.rl for record in entries[domain.name].rounds if record.rl]
+            if entries[domain.name].done:
+                if asked[len(behind) :]:
+                    LOG.warning(
+                        "Domain %s is finished, so its `rl_rounds:` %s are not trained; to train the domain again with them: "
+                        "axolotl brainstacks-library %s replace %s",
+                        *(domain.name, ", ".join(asked[len(behind) :]), self.library_path, domain.name),
+                    )
+            elif asked[: len(behind)] != behind:
+                raise ValueError(
+                    f"`rl_rounds:` of domain `{domain.name}` are {', '.join(asked) or 'none'}, but {', '.join(behind)} were "
+                    "trained before the run was stopped: put these first, as they were"
+                )
 
     def _check_library(self) -> None:
         if self.block.library_sha256:

@@ -92,12 +92,12 @@ class Preview:
 
     def _fitted(self) -> list[int]:
         """Directions of every null space still to be fitted: one for each domain, once another domain trains after it."""
-        waiting, fitted = self.unprotected, []
+        waiting, fitted = [0] * self.unprotected, []
         for domain in self.domains:
             if domain.directions and not domain.done:
-                fitted += [domain.directions] * waiting
-                waiting = 0
-            waiting += not domain.protected
+                fitted += [own or domain.directions for own in waiting]
+                waiting = []
+            waiting += [] if domain.protected else [domain.directions]
         return fitted
 
     def library_bytes(self, sizes: Sizes) -> int:

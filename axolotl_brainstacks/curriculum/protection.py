@@ -61,11 +61,12 @@ def keep_out_of_others(runner: CurriculumRunner, domain: str, rules: NullSpaceAr
     Raises:
         ValueError: if a projection has no direction left for `domain`.
     """
-    others: list[Protected] = []
-    if rules.directions:
-        # Fitted beyond the domain's own columns, the others' would not hold what they share with it.
-        on_main(lambda: _forget_own(runner, domain))
-        others = _others(runner, domain)
+    if not rules.directions:
+        runner.tuner.set_null_space(TRAINED, {})
+        return {}
+    # Fitted beyond the domain's own columns, the others' would not hold what they share with it.
+    on_main(lambda: _forget_own(runner, domain))
+    others = _others(runner, domain)
     if any(other.columns is None for other in others) or on_main(lambda: _recorded(runner, domain)) != _names(others):
         _fit_and_record(runner, domain, others, rules, batch_size)
         others = _others(runner, domain)
@@ -87,10 +88,11 @@ def _others(runner: CurriculumRunner, domain: str) -> list[Protected]:
 
     def read() -> list[Protected]:
         library, attached = runner.library, runner.stack_names()
+        replaced = library.manifest.domain(domain).replaced
         others = []
         for entry in library.manifest.domains:
             trained = entry.before or entry
-            stacks = [stack for stack in trained.context if stack in attached]
+            stacks = [stack for stack in trained.context if stack in attached and stack not in replaced]
             if entry.name == domain or not entry.answers or not stacks:
                 continue
             rows = unpack_rows(library.validation_of(trained)) if trained.validation else []
@@ -123,7 +125,9 @@ def _fit_and_record(
     share = -(-rules.samples // max(len(others), 1))
     moments = {}
     for other in others:
-        rows = other.calibration.rows[: rules.samples if other.columns is None else share]
+        rows = other.calibration.rows[
+            : _own_rules(runner, other.name, rules).samples if other.columns is None else share
+        ]
         calibration = Calibration(rows, other.calibration.stacks)
         moments[other.name] = measure(runner.model, runner.tuner, calibration, batch_size)
     held = {other.name: other.columns for other in others if other.columns is not None}
@@ -131,9 +135,8 @@ def _fit_and_record(
     for other in others:
         if other.columns is None:
             beyond[other.name] = [*held]
-            held[other.name] = fit_columns(
-                runner.tuner, moments[other.name], merge_columns(held.values()), rules.directions
-            )
+            directions = _own_rules(runner, other.name, rules).directions
+            held[other.name] = fit_columns(runner.tuner, moments[other.name], merge_columns(held.values()), directions)
     record = _worth(runner, others, moments, merge_columns(held.values()))
 
     def write() -> None:
@@ -146,6 +149,15 @@ def _fit_and_record(
     on_main(write)
     if record is not None:
         _log(domain, record, rules)
+
+
+def _own_rules(runner: CurriculumRunner, protected: str, rules: NullSpaceArgs) -> NullSpaceArgs:
+    """By which a domain is protected: its own where the YAML names it and they ask for columns, else those of the domain in
+    training."""
+    block = runner.plan.block
+    named = protected in [domain.name for domain in block.curriculum]
+    own = block.settings_of(protected).null_space if named else rules
+    return own if own.directions else rules
 
 
 def _worth(

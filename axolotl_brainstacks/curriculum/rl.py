@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from axolotl_brainstacks.curriculum.reward_check import checked
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE
-from axolotl_brainstacks.distributed import sharded
+from axolotl_brainstacks.distributed import sharded, world
 
 
 def prepare_rl(trainer: Trainer, rl: str, seed: int, report: Callable[[str], None]) -> None:
@@ -39,6 +39,12 @@ def prepare_rl(trainer: Trainer, rl: str, seed: int, report: Callable[[str], Non
         _evaluate_alike(trainer, seed)
 
 
+def between_generations(trainer: Trainer) -> bool:
+    """Whether the answers generated last have been used up: no checkpoint of TRL's holds them."""
+    every = trainer.args.steps_per_generation * trainer.num_iterations  # type: ignore[attr-defined]
+    return bool(trainer._step % every == 0)  # type: ignore[attr-defined]
+
+
 def _evaluate_alike(trainer: Trainer, seed: int) -> None:
     """Have all evaluations sample with the same random numbers, so that their rewards differ by the weights alone, and have
     none of them change what training samples."""
@@ -46,7 +52,7 @@ def _evaluate_alike(trainer: Trainer, seed: int) -> None:
 
     def seeded(*args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + world()[0])  # the same prompt is answered on several ranks
             return evaluate(*args, **kwargs)
 
     setattr(trainer, "evaluate", seeded)  # noqa: B010

@@ -7,6 +7,8 @@ from typing import Any
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 
+from axolotl_brainstacks.args import RLRoundArgs
+
 ONLINE = ("grpo", "gdpo")  # answers are generated while training, and rewarded
 
 # Under `trl:` of an RL round.
@@ -32,21 +34,55 @@ def rl_title(domain: str, number: int) -> str:
     return f"rl_rounds[{number}] of domain `{domain}`"
 
 
-def check_rl(overlay: dict[str, Any], where: str) -> None:
-    """Raises ValueError for an RL round that lacks data of its own, or asks for what cannot be had."""
-    if not overlay.get("datasets"):
+def check_settings(entry: RLRoundArgs, where: str) -> None:
+    """Raises ValueError for a key of the entry's `brainstacks:` that says nothing about a single round."""
+    given = entry.brainstacks.model_fields_set
+    boosting = entry.brainstacks.boosting.model_fields_set if entry.brainstacks.boosting else set()
+    unused = sorted([*given & {"samples"}, *(f"boosting.{key}" for key in boosting & {"max_rounds", "min_loss_delta"})])
+    if unused:
         raise ValueError(
-            f"`datasets:` is missing in {where}; give it rows of the form that `rl: {overlay['rl']}` learns from "
-            f"({FORMS[overlay['rl']][0]})"
+            f"`brainstacks.{unused[0]}` of {where} has no effect: an RL round is one round, and is judged by its own "
+            "objective; move it to the domain's `brainstacks:`, or leave it out"
         )
-    trl = overlay.get("trl") or {}
+
+
+def check_rl(keys: dict[str, Any], where: str) -> None:
+    """Raises ValueError for an RL round that lacks data of its own, or asks for what cannot be had.
+
+    Args:
+        keys: its complete config.
+    """
+    rl = keys["rl"]
+    if not keys.get("datasets"):
+        raise ValueError(
+            f"`datasets:` is missing in {where}; give it rows of the form that `rl: {rl}` learns from ({FORMS[rl][0]})"
+        )
+    if rl == "kto" and int(keys.get("micro_batch_size") or 1) < 2:
+        raise ValueError(
+            f"`micro_batch_size` of {where} is {keys.get('micro_batch_size') or 1}; KTO compares the rows of a batch and "
+            "needs 2 at least: set it in the entry"
+        )
+    if rl not in ONLINE:
+        return
+    trl = keys.get("trl") or {}
     for key, reason in REFUSED_TRL.items():
         if trl.get(key):
             raise ValueError(f"`trl.{key}` of {where} cannot be used with `adapter: brainstacks`: {reason}")
-    if overlay["rl"] in ONLINE and not trl.get("reward_funcs"):
+    if not trl.get("reward_funcs"):
         raise ValueError(
             f"`trl.reward_funcs` is missing in {where}; name reward functions as module.function, for example "
             "`axolotl_brainstacks.rewards.numeric_answer`"
+        )
+    weights = trl.get("reward_weights")
+    if weights and len(weights) != len(trl["reward_funcs"]):
+        raise ValueError(
+            f"`trl.reward_weights` of {where} has {len(weights)} values for {len(trl['reward_funcs'])} `trl.reward_funcs`; "
+            "give one for each"
+        )
+    if (trl.get("num_generations") or 8) < 2:
+        raise ValueError(
+            f"`trl.num_generations` of {where} is {trl['num_generations']}; answers to one prompt are compared with each "
+            "other, so it must be at least 2"
         )
 
 

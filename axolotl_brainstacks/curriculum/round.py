@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from axolotl_brainstacks.curriculum.engine import describe, release
 from axolotl_brainstacks.curriculum.guard import Guard, Objective, evaluation_figures, last_complete_checkpoint
 from axolotl_brainstacks.curriculum.metrics import name_metrics
 from axolotl_brainstacks.curriculum.protection import Columns, keep_out_of_others, largest_leakage
-from axolotl_brainstacks.curriculum.rl import prepare_rl
+from axolotl_brainstacks.curriculum.rl import between_generations, prepare_rl
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 from axolotl_brainstacks.distributed import on_each_node, on_main
@@ -89,7 +90,7 @@ class Round(TrainerCallback):
         cfg.output_dir = str(self.runner.output_dir / "stages" / f"{self.stage.name}-{self.number}")
         cfg.seed = round_seed(cfg.seed, self.stage.name, self.number)
         # The Trainer removes the checkpoint before the last one while the last one is not complete yet.
-        cfg.save_total_limit = max(cfg.save_total_limit, 2)
+        cfg.save_total_limit = max(cfg.save_total_limit or 2, 2)
         return cfg
 
     def _prepare_stack(self, seed: int) -> None:
@@ -126,6 +127,8 @@ class Round(TrainerCallback):
         PluginManager.get_instance().post_trainer_create(cfg, trainer)
         if self.stage.rl:
             prepare_rl(trainer, self.stage.rl, cfg.seed, guard.report)
+        if self.stage.rl in ONLINE:
+            guard.resumable = partial(between_generations, trainer)
         trainer.callback_handler.callbacks[:0] = [self, guard, self.runner.interruption]
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
@@ -170,7 +173,7 @@ class Round(TrainerCallback):
             loss_after=self.loss_before,
             steps=trainer.state.global_step,
             stop_reason=guard.stop_reason,
-            dropped=unusable(tensors),
+            dropped=unscored(guard) or unusable(tensors),
         )
         if self.stage.rl:
             assert guard.start is not None
@@ -195,7 +198,8 @@ class Round(TrainerCallback):
         self.tuner.use_stacks(runner.context_of(name))
         with self.model.disable_adapter():
             record.loss_after = runner.loss(self.domain.rows)
-        record.dropped = why_dropped(record, self.stage, guard.objective)
+        supervised = [record for record in self.earlier if record.rl is None]
+        record.dropped = why_dropped(record, self.stage, guard.objective, loss_so_far(supervised or [record]))
         if record.dropped:
             self.tuner.detach_stack(frozen)
             return self._drop(record)
@@ -232,6 +236,13 @@ def loss_so_far(rounds: Sequence[RoundRecord]) -> float:
     return next((record.loss_after for record in reversed(rounds) if record.kept), rounds[0].loss_before)
 
 
+def unscored(guard: Guard) -> str | None:
+    """Why a round could not be judged at all; None when its start could be measured."""
+    if guard.start is None or math.isfinite(guard.start):
+        return None
+    return f"the held-out {guard.objective.key.removeprefix('eval_')} was not finite before the first step"
+
+
 def unusable(tensors: Mapping[str, Tensor]) -> str | None:
     """Why a stack must not enter the library, whatever it measures; None for one that may."""
     for key, tensor in tensors.items():
@@ -245,11 +256,12 @@ def unusable(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def why_dropped(record: RoundRecord, stage: Stage, objective: Objective) -> str | None:
+def why_dropped(record: RoundRecord, stage: Stage, objective: Objective, supervised_loss: float) -> str | None:
     """Why a measured round is not kept; None for one that helped.
 
     A supervised round has to gain `boosting.min_loss_delta` of validation loss: its stack costs memory and time for ever.
-    An RL round has to improve its own objective, and may worsen the validation loss by `rl.max_loss_increase`.
+    An RL round has to improve its own objective, and may leave the validation loss above that of the supervised rounds by
+    `rl.max_loss_increase`, together with all RL rounds before it.
     """
     gain = record.loss_before - record.loss_after
     if not record.rl:
@@ -264,9 +276,9 @@ def why_dropped(record: RoundRecord, stage: Stage, objective: Objective) -> str 
     name, most = objective.key.removeprefix("eval_"), stage.block.rl.max_loss_increase
     if not objective.sign * (before - after) > 0:
         return f"the held-out {name} went from {before:.4f} to {after:.4f}"
-    if not -gain <= most:
+    if not record.loss_after - supervised_loss <= most:
         return (
-            f"the domain's validation loss rose from {record.loss_before:.4f} to {record.loss_after:.4f}, more than "
+            f"the domain's validation loss rose from {supervised_loss:.4f} to {record.loss_after:.4f}, more than "
             f"brainstacks.rl.max_loss_increase ({most})"
         )
     return None

@@ -84,10 +84,9 @@ class CurriculumRunner:
         Supervised rounds end when all are used or the last one was dropped. Then each RL round has its turn, whether or
         not the one before it was kept.
         """
-        supervised = [record for record in rounds if record.rl is None]
-        if not supervised or (supervised[-1].kept and len(supervised) < domain.block.boosting.max_rounds):
+        done = sum(record.rl is not None for record in rounds)
+        if not rounds or (not done and rounds[-1].kept and len(rounds) < domain.block.boosting.max_rounds):
             return domain
-        done = len(rounds) - len(supervised)
         return domain.rl_rounds[done] if done < len(domain.rl_rounds) else None
 
     def finish_domain(self, stage: DomainStage) -> None:

@@ -70,9 +70,12 @@ class DomainStage(Stage):
     @cached_property
     def data(self) -> str:
         validation = record_of(pack_rows([*self.rows, *self.spare_rows])).sha256[:12]
-        return ", ".join(
-            [f"{_described(self.train_dataset)}, validation {validation}", *(s.data for s in self.rl_rounds)]
-        )
+        return f"{_described(self.train_dataset)}, validation {validation}"
+
+    @property
+    def all_data(self) -> str:
+        """`data` of the domain and of its RL rounds."""
+        return ", ".join([self.data, *(stage.data for stage in self.rl_rounds)])
 
 
 def _described(dataset: Dataset) -> str:
@@ -120,16 +123,24 @@ class _Configured:
 
 
 def load_domains(
-    raw: dict[str, Any], domains: list[DomainArgs], block: BrainstacksBlock, with_rl: bool = False
+    raw: dict[str, Any],
+    domains: list[DomainArgs],
+    block: BrainstacksBlock,
+    with_rl: bool = False,
+    training: bool = False,
 ) -> list[DomainStage]:
     """Configs first, then data, of all domains, and `with_rl` of their RL rounds: the last one's mistakes show before the
-    first one trains."""
-    configured = [(domain, _configured(raw, domain, block, with_rl)) for domain in domains]
+    first one trains.
+
+    Args:
+        training: check what depends on the number of processes too.
+    """
+    configured = [(domain, _configured(raw, domain, block, with_rl, training)) for domain in domains]
     return [_load(domain.name, *parts) for domain, parts in configured]
 
 
 def _configured(
-    raw: dict[str, Any], domain: DomainArgs, block: BrainstacksBlock, with_rl: bool
+    raw: dict[str, Any], domain: DomainArgs, block: BrainstacksBlock, with_rl: bool, training: bool
 ) -> tuple[_Configured, list[_Configured]]:
     own = _keys(raw, domain)
     where, settings = f"domain `{domain.name}`", domain.brainstacks.over(block)
@@ -137,7 +148,9 @@ def _configured(
     for number, entry in enumerate(domain.rl_rounds if with_rl else ()):
         keys, title = overlaid_rl(own, entry.overlay), rl_title(domain.name, number)
         cfg = validated(keys, title)
-        if entry.rl in ONLINE:
+        if cfg.val_set_size and cfg.val_set_size >= 1:
+            cfg.val_set_size = int(cfg.val_set_size)  # Axolotl does so for supervised rows alone
+        if training and entry.rl in ONLINE:
             check_generations(cfg, world()[1], title)
         rl_rounds.append(_Configured(title, keys, entry.brainstacks.over(settings), cfg))
     return _Configured(where, own, settings, validated(own, where)), rl_rounds

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from axolotl_brainstacks.args import DomainArgs, RouterArgs
 from axolotl_brainstacks.evaluation import Row, pack_rows, unpack_rows
-from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library import DomainEntry, Library
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,8 +139,8 @@ def _drawn(datasets: Sequence[Dataset], seed: int) -> Iterator[Row]:
 
 def _check_split(library: Library, stage: DomainStage) -> None:
     """Warn when the validation rows are other ones than while the domain was trained: it may have learned these."""
-    if library.manifest.domain(stage.name).validation is not None:
-        measured = unpack_rows(library.validation(stage.name))
+    if answering(library, stage.name).validation is not None:
+        measured = unpack_rows(library.validation_of(answering(library, stage.name)))
         count = min(len(measured), len(stage.rows))
         if stage.rows[:count] != measured[:count]:
             LOG.warning(
@@ -149,6 +149,12 @@ def _check_split(library: Library, stage: DomainStage) -> None:
                 "`brainstacks.router_datasets` of its entry",
                 stage.name,
             )
+
+
+def answering(library: Library, domain: str) -> DomainEntry:
+    """The entry of the stacks that answer for a domain: while it is trained again, the old one."""
+    entry = library.manifest.domain(domain)
+    return entry.before or entry
 
 
 def _kept(library: Library, domain: str) -> list[Row]:
@@ -162,12 +168,12 @@ def _kept(library: Library, domain: str) -> list[Row]:
         ) from error
     if (library.path / file).exists():
         LOG.warning("%s is not listed in the library's manifest and left alone: an older version wrote it", file)
-    if library.manifest.domain(domain).validation is None:
+    if answering(library, domain).validation is None:
         raise ValueError(
             f"Domain `{domain}` of {library.path} has no prompts to measure on: name it with its `datasets:` under "
             "`brainstacks.domains`"
         )
-    return unpack_rows(library.validation(domain), f"the validation rows of {domain}")
+    return unpack_rows(library.validation_of(answering(library, domain)), f"the validation rows of {domain}")
 
 
 def _held_out(rows: Iterable[Row], trained: set[bytes], limit: int, source: str) -> list[Row]:

@@ -42,7 +42,7 @@ VERSION = 2
 def origin(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str:
     """A digest of all that a router follows from: the stacks, the prompts, the settings."""
     stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.active_stacks]
-    contexts = [[entry.name, *entry.context] for entry in library.manifest.domains]
+    contexts = [[entry.name, *(entry.before or entry).context] for entry in library.manifest.domains]
     prompts = [[row_key(sample.row), sample.source, *sample.labels] for sample in samples]
     content = json.dumps([VERSION, stacks, contexts, prompts, args.model_dump(mode="json")])
     return hashlib.sha256(content.encode()).hexdigest()
@@ -51,7 +51,8 @@ def origin(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str
 def training_sets(manifest: Manifest, domains: Sequence[str]) -> dict[str, DomainSet]:
     """For each of `domains`, those of them that had a stack on while it was trained, itself included."""
     owner = {stack.name: stack.domain for stack in manifest.stacks}
-    on = {name: {name, *(owner.get(stack) for stack in manifest.domain(name).context)} for name in domains}
+    entries = {name: manifest.domain(name).before or manifest.domain(name) for name in domains}
+    on = {name: {name, *(owner.get(stack) for stack in entry.context)} for name, entry in entries.items()}
     return {name: tuple(domain for domain in domains if domain in on[name]) for name in domains}
 
 
