@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from axolotl_brainstacks.guarded import parse_json, printable
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.manifest import DomainName
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,9 +69,9 @@ token on each domain's validation rows, in nats.</p>
 class _ForgettingRow(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    after: str
-    own_stacks: dict[str, float]
-    all_stacks: dict[str, float]
+    after: DomainName
+    own_stacks: dict[DomainName, float]
+    all_stacks: dict[DomainName, float]
 
 
 class _Sample(BaseModel):

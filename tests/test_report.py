@@ -62,6 +62,7 @@ def test_broken_records_are_put_aside(tmp_path: Path, caplog: pytest.LogCaptureF
         '[{"after": 1, "own_stacks": {}, "all_stacks": {}}]',
         '[{"after": "chat", "own_stacks": {"chat": true}, "all_stacks": {}}]',
         "[" * 10**5,
+        '[{"after": "$x^", "own_stacks": {}, "all_stacks": {}}]',  # matplotlib would take it for a formula
         '[{"after": "\\ud800", "own_stacks": {}, "all_stacks": {}}]',
     ],
 )
