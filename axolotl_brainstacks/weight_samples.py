@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from axolotl_brainstacks.guarded import parse_json, parse_tensors
+
 # CPU and GPU kernels round a weight on the border between two codes differently, about one in a million.
 STRAY_CODES = 1 / 2000
 _CODED = ("nf4", "fp4", "int8")
@@ -137,11 +139,11 @@ class WeightSamples:
         try:
             unpacker = zlib.decompressobj()
             data = unpacker.decompress(base64.b64decode(text, validate=True), _UNPACKED_BYTES)
-            tensors = safetensors.torch.load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            tensors = parse_tensors(data, "the record")
+            header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
             samples = {
                 name: Sample(kind, tensors[name], tensors.get(f"{name}/scales"), tensors.get(f"{name}/slack"))
-                for name, kind in json.loads(header["__metadata__"]["kinds"])
+                for name, kind in parse_json(header["__metadata__"]["kinds"])
             }
             tables = {name: tensors[f"{name}/table"] for name in _CODED if f"{name}/table" in tensors}
         except (ValueError, KeyError, TypeError, zlib.error, SafetensorError) as error:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+
+from axolotl_brainstacks.guarded import load_tensors
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.adapter.config import BrainstacksConfig
@@ -61,12 +62,8 @@ def check_rank(config: BrainstacksConfig, folder: Path) -> None:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         return
-    try:
-        with safe_open(weights, "pt") as file:
-            sides = [key for key in file.keys() if "brainstacks_A" in key]  # noqa: SIM118
-            found = {file.get_slice(key).get_shape()[0] for key in sides}
-    except (SafetensorError, IndexError) as error:
-        raise ValueError(f"{weights} is damaged ({error}): restore it from a copy") from error
+    sides = [tensor for key, tensor in load_tensors(weights).items() if "brainstacks_A" in key]
+    found = {tensor.shape[0] if tensor.dim() else 0 for tensor in sides}
     if found - {config.rows}:
         raise ValueError(
             f"{weights} holds A matrices of {min(found - {config.rows})} rows, but r {config.r} and num_experts "

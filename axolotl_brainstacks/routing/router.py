@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.adapter.tensors import check_values
 from axolotl_brainstacks.args import GateArgs
-from axolotl_brainstacks.guarded import folder_problem, parse_json, read
+from axolotl_brainstacks.guarded import folder_problem, parse_json, parse_tensors, read
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
 from axolotl_brainstacks.routing.features import MAX_TOKENS
 from axolotl_brainstacks.routing.gate import gate
@@ -147,7 +146,7 @@ class Router:
     def _of(cls, config: bytes, weights: bytes, domains: list[str]) -> Router:
         """The router of two files. Nothing is made of a size that is not the weights' own."""
         settings = RouterConfig.model_validate(parse_json(config))
-        tensors = safetensors.torch.load(weights)
+        tensors = parse_tensors(weights, WEIGHTS)
         check_values("The router", tensors)
         if settings.domains != domains:
             raise _Damaged(f"{CONFIG} is of the domains {', '.join(map(repr, settings.domains))}, not the library's")
