@@ -50,7 +50,7 @@ def trained(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def domain(name: str, folder: Path) -> dict[str, Any]:
-    return {"name": name, "datasets": [chat_dataset(write_rows(folder / f"{name}.jsonl", 12, Random()))]}
+    return {"name": name, "datasets": [chat_dataset(write_rows(folder / f"{name}.jsonl", 12, Random(name)))]}
 
 
 @pytest.fixture

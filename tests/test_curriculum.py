@@ -35,8 +35,8 @@ def write_domain(path: Path, name: str, count: int, rng: Random) -> Path:
 
 
 def curriculum_config(model: Path, folder: Path, names: list[str], **block: Any) -> dict[str, Any]:
-    """Two short rounds per domain on fresh random rows."""
-    rng = Random()
+    """Two short rounds per domain on random rows, the same for the same domains."""
+    rng = Random(" ".join(names))
     domains = []
     for name in names:
         rows = write_domain(folder / f"{name}.jsonl", name, 40, rng)

@@ -28,10 +28,10 @@ def rewarded(model: Path, folder: Path, reward: str = "letters", **keys: Any) ->
     ]
     grpo = {
         "rl": "grpo",
-        "max_steps": 12,
+        "max_steps": 16,
         "eval_steps": 4,
-        "learning_rate": 2e-2,
-        "micro_batch_size": 4,
+        "learning_rate": 1e-2,
+        "micro_batch_size": 8,
         "gradient_accumulation_steps": 2,
         "eval_batch_size": 8,
         "datasets": entries[:1],
@@ -95,7 +95,7 @@ def test_an_exploding_learning_rate_leaves_the_library_as_it_was(
     train(run[0] | {"output_dir": str(tmp_path / "out"), "brainstacks": block}, tmp_path)
     library = Library.open(tmp_path / "out" / "library")
     grpo = library.manifest.domain("chat").rounds[1]
-    assert not grpo.kept and grpo.dropped and grpo.steps < 12, grpo
+    assert not grpo.kept and grpo.dropped and grpo.steps < 16, grpo
     supervised = stack_hashes(Library.open(run[1] / "out" / "library"))["s001_chat"]
     assert stack_hashes(library) == {"s001_chat": supervised} and library.verify() == []
 

@@ -126,7 +126,7 @@ def test_create_writes_into_the_new_folder_alone(library: Library, outside: Path
 def test_a_library_of_links_to_files_works(library: Library, tmp_path: Path) -> None:
     """The Hub's cache is made so; and its root may be a link."""
     with library.writing():
-        library.write_root_config(CONFIG)
+        library.write_root_config(CONFIG | {"library": "."})
         library.write_file(FORGETTING, b"[]")
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
     blobs.mkdir()

@@ -46,7 +46,7 @@ def report():
         print(json.dumps([sys.argv[0], names, blamed]), file=file)
 """
 # The plugin and the shape of its settings, the adapter that PEFT gets to know, and what that computes with.
-LIGHT = {"plugin", "args", "adapter", "nullspace", "distributed"}
+LIGHT = {"plugin", "args", "adapter", "nullspace", "distributed", "guarded"}
 
 
 def spied(folder: Path, prologue: str = "") -> dict[str, str]:
@@ -98,4 +98,7 @@ def test_help_lists_our_commands_and_stays_light(tmp_path: Path) -> None:
     assert "brainstacks-library" in points
     for name in points:
         assert f"  {name} " in text
-    assert reported(tmp_path / "spy", "/axolotl") == ({"axolotl_brainstacks", "axolotl_brainstacks.cli"}, False)
+    assert reported(tmp_path / "spy", "/axolotl") == (
+        {"axolotl_brainstacks", "axolotl_brainstacks.cli", "axolotl_brainstacks.guarded"},
+        False,
+    )

@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
         "cannot be loaded.*--base-model", lambda f, base: rewrite(f, lambda c: c.update(base_model_name_or_path="/nowhere")),
     ),
     "no such module": (
-        "no module model.layers.9.self_attn.q_proj",
+        "no module .model.layers.9.self_attn.q_proj",
         lambda f, base: retensor(f, lambda t: t.update({
             Q0.replace(".0.", ".9.") + side + ".weight": t[Q0 + side + ".weight"].clone() for side in "AB"})),
     ),

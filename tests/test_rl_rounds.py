@@ -102,7 +102,7 @@ def test_other_kinds_of_preference_learning(tiny_llama_dir: Path, tmp_path: Path
 def test_on_a_4_bit_base_rl_trains_in_fp32(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """TRL makes what it trains bf16 there."""
     config = curriculum_config(tiny_llama_dir, tmp_path, ["chat"], boosting={"max_rounds": 1, "min_loss_delta": 0.0})
-    dpo = {"rl": "dpo", "max_steps": 6, **pairs(tmp_path)}
+    dpo = {"rl": "dpo", "max_steps": 12, "learning_rate": 3e-3, **pairs(tmp_path)}
     log = train(preferring(config | {"load_in_4bit": True}, dpo, rl={"max_loss_increase": 5.0}), tmp_path)
     assert "4-bit layers: 14 of 14" in log
     library = Library.open(tmp_path / "out" / "library")

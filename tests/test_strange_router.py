@@ -51,7 +51,9 @@ def test_both_files_are_listed(path: Path, left: list[str]) -> None:
 def test_the_domains_are_the_librarys_in_its_order(path: Path, domains: list[str]) -> None:
     """In another order every domain would get another one's probability."""
     change_manifest(path, lambda manifest: manifest["router"].update(domains=domains))
-    refused(path, "knows .*but the library has chat, code, math|the router knows domain .law., which is not listed|twice")
+    refused(
+        path, "knows .*but the library has chat, code, math|the router knows domain .law., which is not listed|twice"
+    )
     change_manifest(path, lambda manifest: manifest["router"].update(domains=DOMAINS))
     config = json.loads((path / CONFIG).read_text()) | {"domains": domains}
     replace(path, CONFIG, json.dumps(config).encode())
