@@ -168,7 +168,11 @@ def runner_on(library: Library, base: torch.nn.Module) -> Any:
     attach_library(tuner_of(model), library, "tiny")
     tuner = tuner_of(model)
     return SimpleNamespace(
-        library=library, model=model, tuner=tuner, stack_names=lambda: [stack.name for stack in tuner.stacks]
+        library=library,
+        model=model,
+        tuner=tuner,
+        plan=SimpleNamespace(block=BrainstacksBlock.parse({"domain": "another"})),
+        stack_names=lambda: [stack.name for stack in tuner.stacks],
     )
 
 
