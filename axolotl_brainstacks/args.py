@@ -21,7 +21,8 @@ class _Strict(BaseModel):
 
 
 class BoostingArgs(_Strict):
-    """Inner loop: how many stacks a domain gets, and when a round ends early (paper section 1)."""
+    """Inner loop: how many stacks a domain gets, and when a round ends early (arXiv 2604.01152, residual
+    boosting)."""
 
     max_rounds: int = Field(default=2, ge=1, description="Most stacks per domain.")
     min_loss_delta: float = Field(
@@ -320,11 +321,9 @@ class BrainstacksBlock(_Strict):
                 f"{kept or 'the base model is'}: {mend}, or train into a new library"
             )
 
-    def settings_of(self, domain: str, rl_round: int | None = None) -> BrainstacksBlock:
-        """The block as it holds for `domain`, and for the entry `rl_round` (from 0) of its `rl_rounds:`."""
-        entry = next(entry for entry in self.curriculum if entry.name == domain)
-        block = entry.brainstacks.over(self)
-        return block if rl_round is None else entry.rl_rounds[rl_round].brainstacks.over(block)
+    def settings_of(self, domain: str) -> BrainstacksBlock:
+        """The block as it holds for `domain`."""
+        return next(entry for entry in self.curriculum if entry.name == domain).brainstacks.over(self)
 
     @property
     def curriculum(self) -> list[DomainArgs]:

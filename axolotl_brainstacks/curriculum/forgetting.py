@@ -1,4 +1,4 @@
-"""What later domains did to earlier ones (paper section 1, forgetting matrix)."""
+"""What later domains did to earlier ones (arXiv 2604.01152, forgetting matrix)."""
 
 from __future__ import annotations
 

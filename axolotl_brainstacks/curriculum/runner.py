@@ -1,4 +1,4 @@
-"""The outer loop over domains and the inner loop over rounds (paper section 1)."""
+"""The outer loop over domains and the inner loop over rounds (arXiv 2604.01152, residual boosting)."""
 
 from __future__ import annotations
 
