@@ -42,7 +42,7 @@ class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from axolotl_brainstacks.adapter.registration import register_peft_type
+    from axolotl_brainstacks.serving.registration import register_peft_type
 
     register_peft_type()
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-if TYPE_CHECKING:
-    from axolotl_brainstacks.manifest import Manifest
-
-FrozenDtype = Literal["bfloat16"] | None
-DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+from axolotl_brainstacks.names import DOMAIN_NAME, FrozenDtype
 
 
 class _Strict(BaseModel):
@@ -310,16 +305,6 @@ class BrainstacksBlock(_Strict):
                     raise ValueError(
                         f"brainstacks.router.{key} names `{name}`, but the domains are {', '.join(known)}: correct the name"
                     )
-
-    def check_frozen_dtype(self, library: Manifest) -> None:
-        """Raises ValueError when the stacks of `library` are kept as another type: its losses were measured so."""
-        kept = library.frozen_dtype
-        if library.stacks and self.frozen_dtype != kept:
-            mend = f"set it to {kept}" if kept else "leave the key out"
-            raise ValueError(
-                f"brainstacks.frozen_dtype is {self.frozen_dtype or 'left out'}, but the library's stacks are kept as "
-                f"{kept or 'the base model is'}: {mend}, or train into a new library"
-            )
 
     def settings_of(self, domain: str) -> BrainstacksBlock:
         """The block as it holds for `domain`."""

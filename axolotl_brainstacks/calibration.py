@@ -11,9 +11,9 @@ from torch import Tensor
 
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.adapter.nullspace import RankGram, fit_directions, rest_energy
 from axolotl_brainstacks.distributed import sum_over_ranks
 from axolotl_brainstacks.evaluation import Row, my_batches
-from axolotl_brainstacks.nullspace import RankGram, fit_directions, rest_energy
 
 
 @dataclass(frozen=True)

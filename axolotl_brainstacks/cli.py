@@ -162,7 +162,7 @@ def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
 
     Its old stacks go on answering until the new ones are complete.
     """
-    from axolotl_brainstacks import replacement
+    from axolotl_brainstacks.library import replacement
 
     with _open(ctx).writing() as opened:
         manifest = opened.manifest
@@ -193,8 +193,8 @@ def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[
 
     A domain that was trained with stacks of another one on cannot be joined: see `context: isolated`.
     """
-    from axolotl_brainstacks.joining import joined_names
     from axolotl_brainstacks.library import Library
+    from axolotl_brainstacks.library.joining import joined_names
 
     names = {}
     for pair in renamed:
@@ -231,7 +231,7 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
     if launcher == "python":
         if ctx.args:
             raise click.UsageError(f"No such option or argument: {' '.join(ctx.args)}; settings belong into {config}")
-        from axolotl_brainstacks.routing.command import run
+        from axolotl_brainstacks.router_training.command import run
 
         run(config)
         return
@@ -239,7 +239,13 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
 
     from axolotl.cli.main import LAUNCHER_COMMAND_MAPPING
 
-    worker = [*LAUNCHER_COMMAND_MAPPING[launcher], *ctx.args, "-m", "axolotl_brainstacks.routing.command", config]
+    worker = [
+        *LAUNCHER_COMMAND_MAPPING[launcher],
+        *ctx.args,
+        "-m",
+        "axolotl_brainstacks.router_training.command",
+        config,
+    ]
     ctx.exit(subprocess.run(worker).returncode)
 
 
@@ -247,7 +253,7 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
 @click.pass_context
 def report(ctx: click.Context) -> None:
     """Draw the library's figures anew, into LIB/report."""
-    from axolotl_brainstacks.report import PAGE, write_report
+    from axolotl_brainstacks.library.report import PAGE, write_report
 
     with _open(ctx).writing() as opened:
         write_report(opened)
@@ -264,7 +270,7 @@ def import_adapter(ctx: click.Context, name: str, adapter: Path, base_model: str
 
     Makes the library if there is none. To be routed to, the domain needs `datasets:` in the YAML.
     """
-    from axolotl_brainstacks.lora_import import import_lora
+    from axolotl_brainstacks.library.lora_import import import_lora
 
     stack = import_lora(ctx.obj, name, adapter, base_model)
     click.echo(f"Imported {adapter} as {stack.name}. Fit the router: axolotl brainstacks-router CONFIG")

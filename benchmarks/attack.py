@@ -83,10 +83,9 @@ def make(path: Path, stacks: int) -> None:
     """A library of tiny stacks. Its files are written one by one and listed at once: thousands of changes would take long."""
     from random_library import CONFIG, a_round, new_library, some_tensors
 
-    from axolotl_brainstacks.library import CONFIG as CONFIG_FILE
-    from axolotl_brainstacks.library import WEIGHTS
-    from axolotl_brainstacks.manifest import DomainEntry, Manifest, StackEntry
-    from axolotl_brainstacks.storage import json_to_bytes, record_of, tensors_to_bytes
+    from axolotl_brainstacks.library.manifest import CONFIG as CONFIG_FILE
+    from axolotl_brainstacks.library.manifest import WEIGHTS, DomainEntry, Manifest, StackEntry
+    from axolotl_brainstacks.library.storage import json_to_bytes, record_of, tensors_to_bytes
 
     library = new_library(path)
     manifest = Manifest(base=library.manifest.base, next_stack=stacks + 1)

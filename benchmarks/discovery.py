@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Batch, Row, batch_losses
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.discovery import discover
-from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.search import DomainSet
+from axolotl_brainstacks.router_training.discovery import discover
+from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.search import DomainSet
 
 DOMAINS = ["chat", "code", "math", "medical", "reasoning", "legal", "history", "music"]
 BATCH, TOKENS, VOCABULARY = 8, 32, 96

@@ -10,8 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from axolotl_brainstacks.adapter.model import library_config
-from axolotl_brainstacks.args import FrozenDtype
-from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
+from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.names import FrozenDtype
 
 NAME = "random"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksModel
-from axolotl_brainstacks.args import FrozenDtype
+from axolotl_brainstacks.names import FrozenDtype
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS, RANK, TOP_K = 4, 16, 2

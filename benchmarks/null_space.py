@@ -10,7 +10,7 @@ from gemma12b import LAYERS, PROJECTIONS
 from measure import Result, alternate, compare, counted, in_fresh_process, main, memory, peak_memory, repeats
 from torch import Tensor
 
-from axolotl_brainstacks.nullspace import RankGram, fit_directions
+from axolotl_brainstacks.adapter.nullspace import RankGram, fit_directions
 
 DIRECTIONS, SAMPLES, TOKENS, BATCH = 64, 400, 64, 8
 RANKS = 2 * 64  # one earlier domain of two stacks

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.router import Router, RouterConfig
+from axolotl_brainstacks.router.router import Router, RouterConfig
 
 DOMAINS = ["chat", "code", "math", "medical"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": VOCABULARY, "pad_token_id": 0}

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from axolotl_brainstacks.library import BaseModelInfo, Library
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library.base_model import BaseModelInfo
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 DOUBLE = {"bnb_4bit_use_double_quant": True}

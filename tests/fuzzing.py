@@ -27,13 +27,13 @@ from axolotl_brainstacks import cli
 from axolotl_brainstacks.evaluation import pack_rows, unpack_rows
 from axolotl_brainstacks.guarded import parse_json
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.lora_import import read_config, read_pairs, stack_of
-from axolotl_brainstacks.manifest import BaseModelInfo, DomainEntry, RouterEntry
-from axolotl_brainstacks.report import FORGETTING, SAMPLES, write_report
-from axolotl_brainstacks.routing.data import _kept
-from axolotl_brainstacks.routing.discovery import Records
-from axolotl_brainstacks.routing.make import EVALUATION
-from axolotl_brainstacks.routing.report import Shown, show
+from axolotl_brainstacks.library.lora_import import read_config, read_pairs, stack_of
+from axolotl_brainstacks.library.manifest import BaseModelInfo, DomainEntry, RouterEntry
+from axolotl_brainstacks.library.report import FORGETTING, SAMPLES, write_report
+from axolotl_brainstacks.router_training.data import _kept
+from axolotl_brainstacks.router_training.discovery import Records
+from axolotl_brainstacks.router_training.pipeline import EVALUATION
+from axolotl_brainstacks.router_training.report import Shown, show
 
 Outcome = Literal["refused", "harmless", "wrong", "crash", "hang"]
 SECONDS = 20

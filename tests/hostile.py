@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from axolotl_brainstacks.library import CONFIG, WEIGHTS
-from axolotl_brainstacks.storage import record_of
+from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS
+from axolotl_brainstacks.library.storage import record_of
 
 
 def change_manifest(library: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -40,7 +40,7 @@ def _run(command: Command, config: str, log: str, environment: dict[str, str]) -
 
         do_cli(config)
     else:
-        from axolotl_brainstacks.routing.command import run
+        from axolotl_brainstacks.router_training.command import run
 
         run(config)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import BaseModelInfo, ConstraintRecord, DomainEntry, RoundRecord
+from axolotl_brainstacks.library.manifest import BaseModelInfo, ConstraintRecord, DomainEntry, RoundRecord
 
 CONFIG = {"peft_type": "BRAINSTACKS", "r": 4, "target_modules": {"v_proj", "q_proj"}}
 KEY = "base_model.model.layers.0.q_proj.brainstacks_"

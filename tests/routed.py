@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksModel
 from axolotl_brainstacks.adapter.model import library_config
 from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
-from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
-from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.router import routable_domains
+from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.router.router import routable_domains
+from axolotl_brainstacks.router_training.measure import Meter
 
 VOCABULARY = 96
 ROUND = RoundRecord(round=1, kept=True, loss_before=2.0, loss_after=1.0, steps=1, stop_reason="finished")

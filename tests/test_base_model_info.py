@@ -15,7 +15,8 @@ from routed import tuner_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
-from axolotl_brainstacks.library import BaseModelInfo, Library
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library.base_model import BaseModelInfo
 
 
 @pytest.fixture(autouse=True)

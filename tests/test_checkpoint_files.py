@@ -10,8 +10,8 @@ from base_models import load, merged
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from axolotl_brainstacks.base_model import BaseModelInfo
-from axolotl_brainstacks.checkpoint_files import CheckpointDigest, digest_checkpoint
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.library.checkpoint_files import CheckpointDigest, digest_checkpoint
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
 

@@ -21,8 +21,8 @@ from axolotl_brainstacks import cli
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import RouterEntry
-from axolotl_brainstacks.report import FORGETTING, PAGE, ROUTER_CHART, write_report
+from axolotl_brainstacks.library.manifest import RouterEntry
+from axolotl_brainstacks.library.report import FORGETTING, PAGE, ROUTER_CHART, write_report
 
 FOLDERS = ["stacks", "validation", "nullspace", "router", "report", ".tmp", ".leftovers", "router/discovery"]
 PNG = b"\x89PNG\r\n\x1a\n"

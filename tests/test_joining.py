@@ -10,9 +10,9 @@ from processes import finish, start_train, train
 from random_library import CONFIG, a_round, alter_a_byte, new_library, some_tensors, truncate, weights
 from test_curriculum import curriculum_config
 
-from axolotl_brainstacks.joining import joined_names
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import BaseModelInfo, RouterEntry
+from axolotl_brainstacks.library.joining import joined_names
+from axolotl_brainstacks.library.manifest import BaseModelInfo, RouterEntry
 
 
 def finished(path: Path, *domains: str, base: BaseModelInfo | None = None) -> Library:

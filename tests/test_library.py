@@ -10,9 +10,8 @@ import torch
 from random_library import CONFIG, KEY, a_domain, a_round, alter_a_byte, some_tensors, truncate, weights
 from random_library import library as library
 
-from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import RouterEntry
+from axolotl_brainstacks.library.manifest import RouterEntry
 
 # What goes in comes out
 
@@ -230,13 +229,12 @@ def test_a_damaged_router_is_for_verify_and_does_not_stop_training(library: Libr
 
 def test_the_type_of_frozen_stacks_is_open_until_there_is_one(library: Library, tmp_path: Path) -> None:
     empty = Library.create(tmp_path / "empty", library.manifest.base)
-    block = BrainstacksBlock(domain="law", frozen_dtype="bfloat16")
-    block.check_frozen_dtype(empty.manifest)
+    empty.manifest.check_frozen_dtype("bfloat16")
     with empty.writing():
         empty.set_frozen_dtype("bfloat16")
     assert Library.open(empty.path).manifest.frozen_dtype == "bfloat16"
     with pytest.raises(ValueError, match="kept as the base model is"):
-        block.check_frozen_dtype(library.manifest)
+        library.manifest.check_frozen_dtype("bfloat16")
 
 
 def test_leftovers_of_a_killed_writer_are_swept_and_files_of_the_user_are_not(library: Library) -> None:

@@ -23,7 +23,7 @@ from random_library import library as library
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import RouterEntry
+from axolotl_brainstacks.library.manifest import RouterEntry
 
 
 def run(library: Library, *arguments: str, answer: str | None = None) -> Result:

@@ -12,7 +12,8 @@ from wrapped import base_dir as base_dir
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.adapter.model import library_config
-from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
+from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord
+from axolotl_brainstacks.library.base_model import BaseModelInfo
 
 
 def make_library(folder: Path, base_dir: Path, model: PeftModel, domains: list[str]) -> Library:

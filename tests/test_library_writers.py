@@ -20,7 +20,7 @@ from random_library import CONFIG, KEY, a_domain, a_round, new_library, some_ten
 from random_library import library as library
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import Manifest, RouterEntry
+from axolotl_brainstacks.library.manifest import Manifest, RouterEntry
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.lm_harness import BrainstacksLM
-from axolotl_brainstacks.routing.router import Router, RouterConfig
+from axolotl_brainstacks.router.router import Router, RouterConfig
+from axolotl_brainstacks.serving.lm_harness import BrainstacksLM
 
 DOMAINS = ["chat", "math"]
 

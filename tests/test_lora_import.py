@@ -24,7 +24,7 @@ from wrapped import assert_near
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.router import Router, RouterConfig
+from axolotl_brainstacks.router.router import Router, RouterConfig
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

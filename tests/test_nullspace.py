@@ -9,6 +9,7 @@ from torch import Tensor
 from wrapped import TINY, assert_near, freeze, layers_of, revive, tuner_of, wrap
 
 from axolotl_brainstacks.adapter import BrainstacksLayer
+from axolotl_brainstacks.adapter.nullspace import RankGram, fit_directions, leakage, project_out
 from axolotl_brainstacks.calibration import (
     Calibration,
     Energy,
@@ -19,7 +20,6 @@ from axolotl_brainstacks.calibration import (
     merge_columns,
 )
 from axolotl_brainstacks.evaluation import Row
-from axolotl_brainstacks.nullspace import RankGram, fit_directions, leakage, project_out
 
 
 def orthonormal(rows: int, columns: int) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 from peft import PeftType
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
-from axolotl_brainstacks.adapter.registration import register_peft_type
+from axolotl_brainstacks.serving.registration import register_peft_type
 
 
 def test_the_peft_type_is_a_member_like_any_other() -> None:

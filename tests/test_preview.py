@@ -25,7 +25,7 @@ from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.preview import DomainPreview, Preview, preview, size
 from axolotl_brainstacks.curriculum.sizes import Sizes, base_bytes, meta_model, safetensors_bytes, state_bytes
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.storage import tensors_to_bytes
+from axolotl_brainstacks.library.storage import tensors_to_bytes
 
 
 @pytest.fixture(scope="module")

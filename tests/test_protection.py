@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.model import attach_library
+from axolotl_brainstacks.adapter.nullspace import leakage
 from axolotl_brainstacks.args import BrainstacksBlock, NullSpaceArgs
 from axolotl_brainstacks.calibration import merge_columns
 from axolotl_brainstacks.curriculum.protection import keep_out_of_others
 from axolotl_brainstacks.evaluation import unpack_rows
 from axolotl_brainstacks.library import DomainEntry, Library
-from axolotl_brainstacks.lora_import import import_lora
-from axolotl_brainstacks.nullspace import leakage
+from axolotl_brainstacks.library.lora_import import import_lora
 
 DIRECTIONS = 2
 KEY = "base_model.model.{}.brainstacks_B.weight"

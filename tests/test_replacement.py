@@ -12,8 +12,8 @@ from routed import add_domain, random_rows, tiny_base, tuner_of
 from routed import new_library as living_library
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import RouterEntry
-from axolotl_brainstacks.routing.router import routable_domains
+from axolotl_brainstacks.library.manifest import RouterEntry
+from axolotl_brainstacks.router.router import routable_domains
 
 
 @pytest.fixture

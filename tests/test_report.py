@@ -11,7 +11,7 @@ from routed import new_library, tiny_base
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.report import FORGETTING, FORGETTING_CHART, PAGE, ROUNDS_CHART, SAMPLES, read_records
+from axolotl_brainstacks.library.report import FORGETTING, FORGETTING_CHART, PAGE, ROUNDS_CHART, SAMPLES, read_records
 
 
 def written(library: Library) -> str:

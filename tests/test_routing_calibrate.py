@@ -10,10 +10,10 @@ from torch import Tensor
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Row
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.calibrate import KINDS, THRESHOLDS, calibrate, gate_losses
-from axolotl_brainstacks.routing.discovery import Found, discover
-from axolotl_brainstacks.routing.gate import gate
-from axolotl_brainstacks.routing.measure import Meter
+from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_training.calibrate import KINDS, THRESHOLDS, calibrate, gate_losses
+from axolotl_brainstacks.router_training.discovery import Found, discover
+from axolotl_brainstacks.router_training.measure import Meter
 
 DOMAINS = ["chat", "code", "math"]
 

@@ -27,13 +27,13 @@ from axolotl_brainstacks.args import BrainstacksBlock, GateArgs, RouterArgs
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.evaluation import IGNORED
 from axolotl_brainstacks.library import DomainEntry, Library
-from axolotl_brainstacks.routing import report
-from axolotl_brainstacks.routing.data import Sample, load_samples, split
-from axolotl_brainstacks.routing.evaluate import CHOICES
-from axolotl_brainstacks.routing.gate import gate
-from axolotl_brainstacks.routing.make import EVALUATION, made_before, make_router
-from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.router import Router
+from axolotl_brainstacks.router.router import Router
+from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_training import report
+from axolotl_brainstacks.router_training.data import Sample, load_samples, split
+from axolotl_brainstacks.router_training.evaluate import CHOICES
+from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.pipeline import EVALUATION, made_before, make_router
 
 DOMAINS = ["chat", "code", "math"]
 SETTINGS: dict[str, Any] = {"width": 16, "epochs": 3, "mixed_pairs": 6, "floors": {"chat": 0.2}}
@@ -229,7 +229,9 @@ def as_rank(rank: int, ranks: int, folder: Path, model: Path, samples: list[Samp
 
 def test_two_processes_make_the_router_that_one_makes(base: PreTrainedModel, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["axolotl_brainstacks.routing.make", "peft", "transformers.models.llama"])
+    context.set_forkserver_preload(
+        ["axolotl_brainstacks.router_training.pipeline", "peft", "transformers.models.llama"]
+    )
     torch.set_num_threads(1)
     samples = some_samples(7)
     library = new_library(tmp_path / "library", base, DOMAINS)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_brainstacks.evaluation import Row, pack_rows, unpack_rows
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.data import FOLDER
+from axolotl_brainstacks.router_training.data import FOLDER
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 

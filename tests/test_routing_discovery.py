@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Row
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.discovery import Found, discover, row_key
-from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.search import DomainSet
+from axolotl_brainstacks.router_training.discovery import Found, discover, row_key
+from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.search import DomainSet
 
 FIVE = ["chat", "code", "math", "medical", "reasoning"]
 

@@ -7,9 +7,9 @@ from routed import VOCABULARY, meter_of, new_library, tiny_base
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from axolotl_brainstacks.routing.features import base_features
-from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.network import OutcomeRouter
+from axolotl_brainstacks.router.features import base_features
+from axolotl_brainstacks.router.network import OutcomeRouter
+from axolotl_brainstacks.router_training.measure import Meter
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from axolotl_brainstacks.args import BrainstacksBlock, RouterArgs
 from axolotl_brainstacks.library import DomainEntry, Library
-from axolotl_brainstacks.routing.gate import gate
-from axolotl_brainstacks.routing.router import CONFIG, WEIGHTS, Router, RouterConfig, routable_domains, spread
+from axolotl_brainstacks.router.router import CONFIG, WEIGHTS, Router, RouterConfig, routable_domains, spread
+from axolotl_brainstacks.router.thresholds import gate
 
 DOMAINS = ["chat", "code", "math"]
 

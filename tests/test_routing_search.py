@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from axolotl_brainstacks.args import RouterArgs
-from axolotl_brainstacks.routing.search import Choice, DomainSet, Search
+from axolotl_brainstacks.router_training.search import Choice, DomainSet, Search
 
 DOMAINS = ("chat", "code", "math", "medical")
 EVERY = [subset for size in range(5) for subset in combinations(DOMAINS, size)]

@@ -25,8 +25,9 @@ from wrapped import llama, load_base, revive, wrap
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.adapter.model import library_config, stand_for_library
-from axolotl_brainstacks.inference import PromptRoute
-from axolotl_brainstacks.library import CONFIG, WEIGHTS, Library
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS
+from axolotl_brainstacks.serving.routes import PromptRoute
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.router import CONFIG, WEIGHTS, Router, RouterConfig
+from axolotl_brainstacks.router.router import CONFIG, WEIGHTS, Router, RouterConfig
 
 DOMAINS = ["chat", "code", "math"]
 GATE = GateArgs(gate_threshold=0.5, weights="soft", floors={})

@@ -11,9 +11,9 @@ from base_models import KINDS, load, merged
 from torch.distributions import StudentT
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from axolotl_brainstacks.base_model import BaseModelInfo
-from axolotl_brainstacks.weight_samples import Sample, WeightSamples
-from axolotl_brainstacks.weight_sampling import MATRIX_ENTRIES, VECTOR_ENTRIES, VOCABULARY_ROWS, sample_weights
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.library.weight_samples import Sample, WeightSamples
+from axolotl_brainstacks.library.weight_sampling import MATRIX_ENTRIES, VECTOR_ENTRIES, VOCABULARY_ROWS, sample_weights
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from axolotl_brainstacks.adapter.bank import StackBank, StackShape, StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.gating import BatchTokens, Gating, gated, multiply_add
+from axolotl_brainstacks.adapter.nullspace import project_out
 from axolotl_brainstacks.adapter.offload import Offload
 from axolotl_brainstacks.distributed import gathered, whole
-from axolotl_brainstacks.nullspace import project_out
 
 
 class OutputProjection(nn.Linear):

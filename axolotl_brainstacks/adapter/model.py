@@ -27,11 +27,11 @@ from axolotl_brainstacks.adapter.tensors import check_values, is_stack_key, stac
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from axolotl_brainstacks.args import FrozenDtype
-    from axolotl_brainstacks.inference import Domains, PromptRoute
     from axolotl_brainstacks.library import Library
-    from axolotl_brainstacks.residency import ResidentStacks
-    from axolotl_brainstacks.routing.router import Router
+    from axolotl_brainstacks.names import FrozenDtype
+    from axolotl_brainstacks.router.router import Router
+    from axolotl_brainstacks.serving.residency import ResidentStacks
+    from axolotl_brainstacks.serving.routes import Domains, PromptRoute
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODES = ("auto", "routed", "ungated", "base")
@@ -138,8 +138,9 @@ class BrainstacksModel(BaseTuner):
             )
         if self.stacks:
             raise ValueError(f"The model has stacks already; attach {path} to a fresh base model")
-        from axolotl_brainstacks.library import BaseModelInfo, Library
-        from axolotl_brainstacks.residency import ResidentStacks, check_root
+        from axolotl_brainstacks.library import Library
+        from axolotl_brainstacks.library.base_model import BaseModelInfo
+        from axolotl_brainstacks.serving.residency import ResidentStacks, check_root
 
         library = Library.open(path)
         check_root(library)
@@ -386,7 +387,7 @@ class BrainstacksModel(BaseTuner):
             self._batch.look_at(kwargs.get("attention_mask"))
         if self.mode != "routed":
             return super().forward(*args, **kwargs)
-        from axolotl_brainstacks import inference
+        from axolotl_brainstacks.serving import routes as inference
 
         return inference.routed_forward(self, *args, **kwargs)
 
@@ -399,7 +400,7 @@ class BrainstacksModel(BaseTuner):
         Raises:
             ValueError: if `domains` names a domain without stacks, or the router does not belong to the library.
         """
-        from axolotl_brainstacks import inference
+        from axolotl_brainstacks.serving import routes as inference
 
         return inference.generate(self, *args, domains=domains, **kwargs)
 
@@ -407,7 +408,7 @@ class BrainstacksModel(BaseTuner):
         self, prompts: Tensor | Sequence[str], attention_mask: Tensor | None = None, tokenizer: Any = None
     ) -> list[PromptRoute]:
         """The router's choice for each prompt: token ids (rows, tokens), or texts and their tokenizer."""
-        from axolotl_brainstacks import inference
+        from axolotl_brainstacks.serving import routes as inference
 
         return inference.route(self, prompts, attention_mask, tokenizer)
 
@@ -420,7 +421,7 @@ class BrainstacksModel(BaseTuner):
         domains: Domains | None = None,
     ) -> Iterator[list[PromptRoute]]:
         """Hold the routes of these prompts, or those of `domains`, for every forward inside: one a row, or one for all."""
-        from axolotl_brainstacks import inference
+        from axolotl_brainstacks.serving import routes as inference
 
         with self.lock:
             routes = inference.routes_for(self, prompts, attention_mask, tokenizer, domains)
@@ -474,7 +475,7 @@ def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -
     Raises:
         ValueError: if the library was made for another base model, or one of its files is missing or altered.
     """
-    from axolotl_brainstacks.library import BaseModelInfo
+    from axolotl_brainstacks.library.base_model import BaseModelInfo
 
     library.manifest.base.check(BaseModelInfo.of(tuner.model, model_name))
     for entry in library.manifest.stacks:

@@ -16,8 +16,8 @@ from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.model import PROJECTIONS, BrainstacksModel, attach_library
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.distributed import is_main
-from axolotl_brainstacks.inference import load_router
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.serving.routes import load_router
 
 LOG = get_logger(__name__)
 
@@ -42,7 +42,7 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
             Library.open(plan.library_path, plan.block.library_sha256)
         answering = tuner(peft_model)
         assert answering.resident is not None
-        plan.block.check_frozen_dtype(answering.resident.manifest)
+        answering.resident.manifest.check_frozen_dtype(plan.block.frozen_dtype)
         answering.show_routes = True
         if plan.block.offload_frozen:
             answering.offload_frozen()

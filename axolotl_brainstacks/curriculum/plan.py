@@ -22,8 +22,8 @@ from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_ove
 from axolotl_brainstacks.curriculum.rl_checks import check_rl, rl_title
 from axolotl_brainstacks.distributed import check_same, is_main, on_each_node, on_main, shared_by_all
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import Manifest
-from axolotl_brainstacks.storage import record_of
+from axolotl_brainstacks.library.manifest import Manifest
+from axolotl_brainstacks.library.storage import record_of
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -184,7 +184,7 @@ class Plan:
             return set()
         library = Library.open(self.library_path)
         self.block.check_names(entry.name for entry in library.manifest.domains)
-        self.block.check_frozen_dtype(library.manifest)
+        library.manifest.check_frozen_dtype(self.block.frozen_dtype)
         self._check_rl_rounds(library)
         done = {entry.name for entry in library.manifest.domains if entry.done}
         if self.block.domain in done:

@@ -21,7 +21,7 @@ from axolotl_brainstacks.curriculum.sizes import Sizes
 from axolotl_brainstacks.curriculum.stages import DomainStage
 from axolotl_brainstacks.evaluation import pack_rows
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import Manifest
+from axolotl_brainstacks.library.manifest import Manifest
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.curriculum.plan import Plan

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from axolotl.utils.logging import get_logger
 from torch import Tensor
 
+from axolotl_brainstacks.adapter.nullspace import leakage
 from axolotl_brainstacks.adapter.tensors import PREFIX
 from axolotl_brainstacks.args import NullSpaceArgs
 from axolotl_brainstacks.calibration import (
@@ -27,8 +28,7 @@ from axolotl_brainstacks.calibration import (
 from axolotl_brainstacks.curriculum.build import TRAINED
 from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.evaluation import check_vocabulary, unpack_rows
-from axolotl_brainstacks.manifest import ConstraintRecord
-from axolotl_brainstacks.nullspace import leakage
+from axolotl_brainstacks.library.manifest import ConstraintRecord
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.curriculum.runner import CurriculumRunner

@@ -32,7 +32,7 @@ from axolotl_brainstacks.curriculum.rl_checks import ONLINE
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 from axolotl_brainstacks.distributed import on_each_node, on_main
 from axolotl_brainstacks.library import RoundRecord
-from axolotl_brainstacks.storage import full_disk_named
+from axolotl_brainstacks.library.storage import full_disk_named
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.curriculum.runner import CurriculumRunner

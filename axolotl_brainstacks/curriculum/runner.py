@@ -12,7 +12,6 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_brainstacks import replacement
 from axolotl_brainstacks.adapter.model import library_config, stand_for_library
 from axolotl_brainstacks.curriculum.build import TRAINED, relative_library, tuner
 from axolotl_brainstacks.curriculum.engine import forwards
@@ -23,9 +22,10 @@ from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 from axolotl_brainstacks.distributed import on_each_node, on_main, world
 from axolotl_brainstacks.evaluation import Row, answer, check_vocabulary, mean_loss, pack_rows, unpack_rows
-from axolotl_brainstacks.library import BaseModelInfo, DomainEntry, Library, RoundRecord
-from axolotl_brainstacks.report import FORGETTING, SAMPLES, read_records, write_report
-from axolotl_brainstacks.storage import json_to_bytes, record_of
+from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord, replacement
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.library.report import FORGETTING, SAMPLES, read_records, write_report
+from axolotl_brainstacks.library.storage import json_to_bytes, record_of
 
 LOG = get_logger(__name__)
 

@@ -24,7 +24,7 @@ from axolotl_brainstacks.curriculum.reward_check import check_rewards, load_rewa
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE, check_generations, check_rows, rl_title
 from axolotl_brainstacks.distributed import world
 from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
-from axolotl_brainstacks.storage import record_of
+from axolotl_brainstacks.library.storage import record_of
 
 LOG = get_logger(__name__)
 

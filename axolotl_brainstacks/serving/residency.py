@@ -13,8 +13,9 @@ from axolotl_brainstacks.adapter.bank import StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
-from axolotl_brainstacks.library import WEIGHTS, Library
-from axolotl_brainstacks.storage import problem_of
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library.manifest import WEIGHTS
+from axolotl_brainstacks.library.storage import problem_of
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.adapter.model import BrainstacksModel

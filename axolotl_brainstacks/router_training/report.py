@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from axolotl_brainstacks.guarded import printable
-from axolotl_brainstacks.report import png
-from axolotl_brainstacks.routing.evaluate import CHOICES
+from axolotl_brainstacks.library.report import png
+from axolotl_brainstacks.router_training.evaluate import CHOICES
 
 COLOURS = ("#999999", "#d55e00", "#56b4e9", "#e69f00", "#cc79a7", "#f0e442", "#0072b2", "#009e73")
 # Of the table, for 80 characters a line.

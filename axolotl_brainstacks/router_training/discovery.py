@@ -24,8 +24,8 @@ from axolotl_brainstacks.distributed import is_main, on_main
 from axolotl_brainstacks.evaluation import Row
 from axolotl_brainstacks.guarded import parse_json, printable
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.search import DomainSet, Search
+from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.search import DomainSet, Search
 
 LOG = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """lm-eval's view of a library, in one of three modes.
 
-    python -m axolotl_brainstacks.lm_harness run --model brainstacks \
+    python -m axolotl_brainstacks.serving.lm_harness run --model brainstacks \
         --model_args pretrained=BASE,peft=LIBRARY,mode=routed --tasks ...
 
 All other options are those of `lm_eval`; `mode` is base, ungated or routed.

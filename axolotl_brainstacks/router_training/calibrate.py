@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from axolotl_brainstacks.args import GateArgs, RouterArgs
-from axolotl_brainstacks.routing.discovery import Found, row_key, set_weights
-from axolotl_brainstacks.routing.gate import gate
-from axolotl_brainstacks.routing.measure import Meter
+from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_training.discovery import Found, row_key, set_weights
+from axolotl_brainstacks.router_training.measure import Meter
 
 THRESHOLDS = (0.05, 0.12, 0.2, 0.3, 0.5, 0.7)
 KINDS: tuple[Literal["soft", "hard"], ...] = ("soft", "hard")

@@ -5,9 +5,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from axolotl_brainstacks.guarded import read
-from axolotl_brainstacks.library_folder import LibraryFolder
-from axolotl_brainstacks.manifest import ROUTER_FILES, FileRecord
-from axolotl_brainstacks.storage import read_checked, record_of
+from axolotl_brainstacks.library.folder import LibraryFolder
+from axolotl_brainstacks.library.manifest import ROUTER_FILES, FileRecord
+from axolotl_brainstacks.library.storage import read_checked, record_of
 
 
 class LibraryRecords(LibraryFolder):

@@ -17,20 +17,20 @@ from axolotl_brainstacks.args import GateArgs, RouterArgs, ThresholdArgs
 from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.evaluation import check_vocabulary
 from axolotl_brainstacks.guarded import parse_json
-from axolotl_brainstacks.library import WEIGHTS as STACK_WEIGHTS
 from axolotl_brainstacks.library import Library, Manifest
-from axolotl_brainstacks.report import ROUTER_CHART, write_report
-from axolotl_brainstacks.routing.calibrate import calibrate, gate_losses
-from axolotl_brainstacks.routing.data import MIXED, Part, Sample, count_parts, joined_in_parts, keep_rows, split
-from axolotl_brainstacks.routing.discovery import Found, discover, row_key
-from axolotl_brainstacks.routing.evaluate import Judged, summary
-from axolotl_brainstacks.routing.fit import Prompts, Score, fit, probabilities, target
-from axolotl_brainstacks.routing.gate import gate
-from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.report import Shown, chart
-from axolotl_brainstacks.routing.router import Router, RouterConfig
-from axolotl_brainstacks.routing.search import DomainSet, Search
-from axolotl_brainstacks.storage import json_to_bytes
+from axolotl_brainstacks.library.manifest import WEIGHTS as STACK_WEIGHTS
+from axolotl_brainstacks.library.report import ROUTER_CHART, write_report
+from axolotl_brainstacks.library.storage import json_to_bytes
+from axolotl_brainstacks.router.router import Router, RouterConfig
+from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_training.calibrate import calibrate, gate_losses
+from axolotl_brainstacks.router_training.data import MIXED, Part, Sample, count_parts, joined_in_parts, keep_rows, split
+from axolotl_brainstacks.router_training.discovery import Found, discover, row_key
+from axolotl_brainstacks.router_training.evaluate import Judged, summary
+from axolotl_brainstacks.router_training.fit import Prompts, Score, fit, probabilities, target
+from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.report import Shown, chart
+from axolotl_brainstacks.router_training.search import DomainSet, Search
 
 LOG = logging.getLogger(__name__)
 

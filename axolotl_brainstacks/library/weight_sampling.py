@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from axolotl_brainstacks.distributed import gathered
-from axolotl_brainstacks.weight_samples import FLOATS, Sample, WeightSamples, name_of
+from axolotl_brainstacks.library.weight_samples import FLOATS, Sample, WeightSamples, name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from axolotl_brainstacks.routing.data import MIXED, Sample
-from axolotl_brainstacks.routing.discovery import Found
-from axolotl_brainstacks.routing.search import DomainSet
+from axolotl_brainstacks.router_training.data import MIXED, Sample
+from axolotl_brainstacks.router_training.discovery import Found
+from axolotl_brainstacks.router_training.search import DomainSet
 
 # base: no stack. ungated: all on. own_label: the domains that the prompt was written for. trained_with: those that were
 # on when they were trained. soft, hard: the router at the configured threshold. router: the calibrated one, which

@@ -14,14 +14,15 @@ from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.build import tuner
 from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.distributed import check_same, is_main, on_main
-from axolotl_brainstacks.library import BaseModelInfo, Library
+from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.library.report import PAGE
 from axolotl_brainstacks.plugin import BrainstacksPlugin
-from axolotl_brainstacks.report import PAGE
-from axolotl_brainstacks.routing import report
-from axolotl_brainstacks.routing.data import load_samples, split
-from axolotl_brainstacks.routing.make import EVALUATION, made_before, make_router, origin
-from axolotl_brainstacks.routing.measure import Meter
-from axolotl_brainstacks.routing.router import routable_domains
+from axolotl_brainstacks.router.router import routable_domains
+from axolotl_brainstacks.router_training import report
+from axolotl_brainstacks.router_training.data import load_samples, split
+from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.pipeline import EVALUATION, made_before, make_router, origin
 
 
 def run(config: str) -> None:
@@ -87,7 +88,7 @@ def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:
             f"{library.path} has no finished domain with a stack, so there is nothing to route among: run `axolotl train`"
         )
     block.check_names(entry.name for entry in library.manifest.domains)
-    block.check_frozen_dtype(library.manifest)
+    library.manifest.check_frozen_dtype(block.frozen_dtype)
     return domains
 
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from axolotl_brainstacks.args import FrozenDtype
-from axolotl_brainstacks.base_model import BaseModelInfo
 from axolotl_brainstacks.guarded import parse_json, printable, read
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.names import DOMAIN_NAME, FrozenDtype
 
 MANIFEST = "manifest.json"
 # The two files of a stack, and of the library as a whole, that PEFT reads.
@@ -18,8 +18,8 @@ WEIGHTS = "adapter_model.safetensors"
 ROUTER_FILES = ("router/router_config.json", "router/router.safetensors")
 SCHEMA_VERSION: Final = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
-DOMAIN_PATTERN = r"^[a-z][a-z0-9_]{0,31}$"
-STACK_PATTERN = r"^s[0-9]{3,12}_[a-z][a-z0-9_]{0,31}$"
+DOMAIN_PATTERN = rf"^{DOMAIN_NAME.pattern}$"
+STACK_PATTERN = rf"^s[0-9]{{3,12}}_{DOMAIN_NAME.pattern}$"
 
 
 def _inside(path: str) -> str:
@@ -347,6 +347,17 @@ class Manifest(_Entry):
         """The stacks to answer with, in order: all but the new ones of a domain that is still being trained again."""
         new = {s.name for d in self.domains if d.before for s in self.stacks_of(d.name) if s.name not in d.replaced}
         return [stack for stack in self.stacks if stack.name not in new]
+
+    def check_frozen_dtype(self, asked: FrozenDtype) -> None:
+        """Raises ValueError when `brainstacks.frozen_dtype` asks for another type than these stacks are kept as: their
+        losses were measured so. Without stacks any type will do."""
+        kept = self.frozen_dtype
+        if self.stacks and asked != kept:
+            fix = f"set it to {kept}" if kept else "leave the key out"
+            raise ValueError(
+                f"brainstacks.frozen_dtype is {asked or 'left out'}, but the library's stacks are kept as "
+                f"{kept or 'the base model is'}: {fix}, or train into a new library"
+            )
 
     def training_context(self, domain: str, isolated: bool) -> list[str]:
         """The frozen stacks that are on while `domain` trains: those that answer for the domains before it, and its own.

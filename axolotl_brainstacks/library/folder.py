@@ -18,13 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from axolotl_brainstacks.args import FrozenDtype
 from axolotl_brainstacks.guarded import folder_problem, parse_json, printable, read
-from axolotl_brainstacks.locking import LOCK, OWNER, FolderLock
-from axolotl_brainstacks.manifest import CONFIG as CONFIG
-from axolotl_brainstacks.manifest import MANIFEST, STACK_PATTERN, BaseModelInfo, FileRecord, Manifest
-from axolotl_brainstacks.manifest import WEIGHTS as WEIGHTS
-from axolotl_brainstacks.storage import (
+from axolotl_brainstacks.library.locking import LOCK, OWNER, FolderLock
+from axolotl_brainstacks.library.manifest import CONFIG as CONFIG
+from axolotl_brainstacks.library.manifest import MANIFEST, STACK_PATTERN, BaseModelInfo, FileRecord, Manifest
+from axolotl_brainstacks.library.manifest import WEIGHTS as WEIGHTS
+from axolotl_brainstacks.library.storage import (
     json_to_bytes,
     make_writable,
     problem_of,
@@ -33,6 +32,7 @@ from axolotl_brainstacks.storage import (
     sync_folder,
     write_durably,
 )
+from axolotl_brainstacks.names import DOMAIN_NAME, FrozenDtype
 
 LOG = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ PIN = "BRAINSTACKS_LIBRARY_SHA256"
 # Folders in which every file is listed in the manifest, and what we call what we put there.
 OWNED = {
     "stacks": re.compile(STACK_PATTERN),
-    "nullspace": re.compile(r"[a-z][a-z0-9_]{0,31}-[0-9a-f]{12}\.safetensors"),
-    "validation": re.compile(r"[a-z][a-z0-9_]{0,31}(-[0-9a-f]{12})?\.safetensors"),
+    "nullspace": re.compile(rf"{DOMAIN_NAME.pattern}-[0-9a-f]{{12}}\.safetensors"),
+    "validation": re.compile(rf"{DOMAIN_NAME.pattern}(-[0-9a-f]{{12}})?\.safetensors"),
 }
 _FOLDERS = (*OWNED, "router", "router/discovery", "router/prompts", "report", STAGE, LEFTOVERS)
 

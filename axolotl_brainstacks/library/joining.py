@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from axolotl_brainstacks.args import DOMAIN_NAME
-from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.manifest import Manifest
+from axolotl_brainstacks.library.library import Library
+from axolotl_brainstacks.library.manifest import Manifest
+from axolotl_brainstacks.names import DOMAIN_NAME
 
 
 def joined_names(

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from axolotl_brainstacks.checkpoint_files import CheckpointDigest, digest_checkpoint
+from axolotl_brainstacks.library.checkpoint_files import CheckpointDigest, digest_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from axolotl_brainstacks.weight_samples import WeightSamples
+    from axolotl_brainstacks.library.weight_samples import WeightSamples
 
 LOG = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class BaseModelInfo(BaseModel):
         Raises:
             ValueError: if a sampled weight is NaN or infinite.
         """
-        from axolotl_brainstacks.weight_sampling import sample_weights
+        from axolotl_brainstacks.library.weight_sampling import sample_weights
 
         samples = sample_weights(model)
         if parameter := samples.not_finite():
@@ -135,7 +135,7 @@ class BaseModelInfo(BaseModel):
         )
 
     def _samples(self, weights: str) -> "WeightSamples":
-        from axolotl_brainstacks.weight_samples import WeightSamples
+        from axolotl_brainstacks.library.weight_samples import WeightSamples
 
         try:
             return WeightSamples.from_text(weights)

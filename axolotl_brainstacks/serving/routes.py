@@ -21,8 +21,8 @@ from torch import Tensor
 
 from axolotl_brainstacks.evaluation import IGNORED
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.routing.features import base_features, pad_right
-from axolotl_brainstacks.routing.router import Router, spread
+from axolotl_brainstacks.router.features import base_features, pad_right
+from axolotl_brainstacks.router.router import Router, spread
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.adapter.model import BrainstacksModel

@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.model import BrainstacksModel, library_config
 from axolotl_brainstacks.adapter.tensors import stack_tensors
-from axolotl_brainstacks.args import DOMAIN_NAME
 from axolotl_brainstacks.guarded import load_tensors, printable, read_json
-from axolotl_brainstacks.library import CONFIG, WEIGHTS, BaseModelInfo, DomainEntry, Library, StackEntry
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.library.library import Library
+from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS, DomainEntry, StackEntry
+from axolotl_brainstacks.names import DOMAIN_NAME
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 # Options that a trained adapter's output does not depend on, or that `stack_of` takes over. Any other one, also one that

@@ -16,10 +16,10 @@ from axolotl_brainstacks.adapter.tensors import check_values
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.guarded import folder_problem, parse_json, parse_tensors, read
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
-from axolotl_brainstacks.routing.features import MAX_TOKENS
-from axolotl_brainstacks.routing.gate import gate
-from axolotl_brainstacks.routing.network import OutcomeRouter
-from axolotl_brainstacks.storage import json_to_bytes, problem_of, record_of, tensors_to_bytes
+from axolotl_brainstacks.library.storage import json_to_bytes, problem_of, record_of, tensors_to_bytes
+from axolotl_brainstacks.router.features import MAX_TOKENS
+from axolotl_brainstacks.router.network import OutcomeRouter
+from axolotl_brainstacks.router.thresholds import gate
 
 CONFIG = "router/router_config.json"
 WEIGHTS = "router/router.safetensors"

@@ -5,7 +5,7 @@ These are changes to a manifest alone; `Library` commits each as one.
 
 from collections.abc import Sequence
 
-from axolotl_brainstacks.manifest import DomainEntry, Manifest
+from axolotl_brainstacks.library.manifest import DomainEntry, Manifest
 
 
 def check(manifest: Manifest, name: str) -> None:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_brainstacks.args import DiscoveryArgs, FitArgs
-from axolotl_brainstacks.routing.features import pad_right
-from axolotl_brainstacks.routing.router import Router
-from axolotl_brainstacks.routing.search import DomainSet
+from axolotl_brainstacks.router.features import pad_right
+from axolotl_brainstacks.router.router import Router
+from axolotl_brainstacks.router_training.search import DomainSet
 
 
 def target(

@@ -5,13 +5,11 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from axolotl_brainstacks import replacement
-from axolotl_brainstacks.args import FrozenDtype
 from axolotl_brainstacks.guarded import load_tensors, parse_json, printable
-from axolotl_brainstacks.library_folder import CONFIG, STAGE, WEIGHTS
-from axolotl_brainstacks.library_records import LibraryRecords
-from axolotl_brainstacks.manifest import BaseModelInfo as BaseModelInfo
-from axolotl_brainstacks.manifest import (
+from axolotl_brainstacks.library import replacement
+from axolotl_brainstacks.library.folder import CONFIG, STAGE, WEIGHTS
+from axolotl_brainstacks.library.manifest import BaseModelInfo as BaseModelInfo
+from axolotl_brainstacks.library.manifest import (
     DomainEntry,
     Manifest,
     NullSpaceEntry,
@@ -19,7 +17,8 @@ from axolotl_brainstacks.manifest import (
     RouterEntry,
     StackEntry,
 )
-from axolotl_brainstacks.storage import (
+from axolotl_brainstacks.library.records import LibraryRecords
+from axolotl_brainstacks.library.storage import (
     copy_durably,
     json_to_bytes,
     record_of,
@@ -27,6 +26,7 @@ from axolotl_brainstacks.storage import (
     tensors_to_bytes,
     write_durably,
 )
+from axolotl_brainstacks.names import FrozenDtype
 
 
 class Library(LibraryRecords):

@@ -12,8 +12,8 @@ from torch import Tensor
 from axolotl_brainstacks.adapter.model import BrainstacksModel
 from axolotl_brainstacks.distributed import gather_objects, world
 from axolotl_brainstacks.evaluation import Batch, Row, batch_losses
-from axolotl_brainstacks.routing.features import base_features, pad_right
-from axolotl_brainstacks.routing.router import Stack, spread
+from axolotl_brainstacks.router.features import base_features, pad_right
+from axolotl_brainstacks.router.router import Stack, spread
 
 
 def over_ranks[T, R](items: Sequence[T], compute: Callable[[T], R]) -> list[R]:

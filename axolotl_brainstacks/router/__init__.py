@@ -1,0 +1,1 @@
+"""Which domains answer a prompt: features of the base model, a small network, thresholds."""

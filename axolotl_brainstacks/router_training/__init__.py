@@ -1,0 +1,1 @@
+"""Makes the router: targets discovered by measured loss, features, fit, calibration, evaluation, report."""

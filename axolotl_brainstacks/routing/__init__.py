@@ -1,1 +1,0 @@
-"""Which domains answer a prompt: features, network, discovery of targets by measured loss, fit, gate."""
