@@ -13,16 +13,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
     from axolotl_brainstacks.curriculum.plan import Plan
+    from axolotl_brainstacks.curriculum.preflight import TrainingRun
 
 ADAPTER = "brainstacks"
 
 
 class BrainstacksPlugin(BasePlugin):
-    """Inert unless the config says `adapter: brainstacks`; then `plan` holds the run."""
+    """Inert unless the config says `adapter: brainstacks`.
+
+    plan: the checked config. run: what training it takes, once the data are loaded.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.plan: Plan | None = None
+        self.run: TrainingRun | None = None
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER)]
@@ -31,7 +36,7 @@ class BrainstacksPlugin(BasePlugin):
         return "axolotl_brainstacks.args.BrainstacksArgs"
 
     def register(self, cfg: dict[str, Any]) -> None:
-        self.plan = None
+        self.plan = self.run = None
         if cfg.get("adapter") == ADAPTER:
             from axolotl_brainstacks.curriculum.plan import Plan
 
@@ -42,7 +47,12 @@ class BrainstacksPlugin(BasePlugin):
             )
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
-        return self.plan.load_stages(preprocess) if self.plan else None
+        if self.plan is None:
+            return None
+        from axolotl_brainstacks.curriculum.preflight import TrainingRun
+
+        self.run = TrainingRun.prepare(self.plan, preprocess)
+        return self.run.first_datasets
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         if self.plan:
@@ -59,11 +69,12 @@ class BrainstacksPlugin(BasePlugin):
         return build_adapter(model, cfg, self.plan)
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
-        return self.plan.training_args(cfg) if self.plan else None
+        return self.run.training_args(cfg) if self.run else None
 
     def get_trainer_cls(self, cfg: DictDefault) -> type[Trainer] | None:
-        if self.plan is None or self.plan.inside_stage:
+        if self.run is None:
             return None
         from axolotl_brainstacks.curriculum.conductor import conductor_class
+        from axolotl_brainstacks.curriculum.stage_trainers import inside_a_stage
 
-        return conductor_class(self.plan)
+        return None if inside_a_stage() else conductor_class(self.run)

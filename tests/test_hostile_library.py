@@ -20,6 +20,7 @@ from test_library_command import run
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.plan import Plan
+from axolotl_brainstacks.curriculum.preflight import LibraryState, check_library, done_domains
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import RouterEntry
 from axolotl_brainstacks.library.report import FORGETTING, PAGE, ROUTER_CHART, write_report
@@ -385,16 +386,21 @@ def test_the_yaml_pins_a_library_before_anything_is_loaded(library: Library, tmp
 
     pin = Library.open(library.path).sha256
     plan = pinned(library.path, pin)
-    plan.check_same_library()
-    assert plan._done_domains() == set()
+    LibraryState.same_for_all(plan)
+    check_library(plan)
+    assert done_domains(plan) == set()
     Plan.prepare(config(pin))
     with library.writing():
         library.update_domain("chat", done=True)
-    for action in (plan.check_same_library, plan._done_domains, lambda: Plan.prepare(config(pin))):
+    for action in (
+        lambda: LibraryState.same_for_all(plan),
+        lambda: check_library(plan),
+        lambda: Plan.prepare(config(pin)),
+    ):
         with pytest.raises(ValueError, match=r"brainstacks\.library_sha256.*get the library that was pinned"):
             action()
     with pytest.raises(ValueError, match="is not a library"):
-        pinned(tmp_path / "new", pin)._done_domains()
+        check_library(pinned(tmp_path / "new", pin))
     with pytest.raises(ValueError, match="library_sha256"):
         BrainstacksBlock.parse({"domain": "law", "library_sha256": pin[:12]})
 

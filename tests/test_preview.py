@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_brainstacks.adapter.model import BrainstacksModel
 from axolotl_brainstacks.curriculum.build import TRAINED, stack_config
-from axolotl_brainstacks.curriculum.plan import Plan
+from axolotl_brainstacks.curriculum.preflight import TrainingRun
 from axolotl_brainstacks.curriculum.preview import DomainPreview, Preview, preview, size
 from axolotl_brainstacks.curriculum.sizes import Sizes, base_bytes, meta_model, safetensors_bytes, state_bytes
 from axolotl_brainstacks.library import Library
@@ -36,16 +36,20 @@ def run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return config, folder, train(config, folder)
 
 
-def loaded(config: dict[str, Any], preprocess: bool = False) -> Plan:
-    """The plan after what `axolotl train` (or `preprocess`) does until the model is loaded."""
+def loaded(config: dict[str, Any], preprocess: bool = False) -> TrainingRun:
+    """The run after what `axolotl train` (or `preprocess`) does until the model is loaded."""
     manager = PluginManager.get_instance()
     try:
         manager.load_datasets(load_cfg(DictDefault(copy.deepcopy(config))), preprocess=preprocess)
     finally:
         close_debug_log()
-    plan = manager.plugins["axolotl_brainstacks.BrainstacksPlugin"].plan
-    assert isinstance(plan, Plan)
-    return plan
+    run = manager.plugins["axolotl_brainstacks.BrainstacksPlugin"].run
+    assert isinstance(run, TrainingRun)
+    return run
+
+
+def previewed(training: TrainingRun, count_raw: bool) -> Preview:
+    return preview(training.plan, training.stages, count_raw)
 
 
 def three_domains(run: tuple[dict[str, Any], Path, str], folder: Path) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def three_domains(run: tuple[dict[str, Any], Path, str], folder: Path) -> dict[s
 
 
 def test_the_plan_counts_rows_steps_and_stacks(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
-    made = preview(loaded(three_domains(run, tmp_path)), count_raw=True)
+    made = previewed(loaded(three_domains(run, tmp_path)), count_raw=True)
     manifest = Library.open(run[1] / "out" / "library").manifest
     held = {name: sum(stack.domain == name for stack in manifest.stacks) for name in ("chat", "code")}
     assert made.domains[:2] == [
@@ -85,7 +89,7 @@ def test_the_plan_counts_rows_steps_and_stacks(run: tuple[dict[str, Any], Path, 
 def test_domains_that_the_yaml_does_not_name_count_too(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     config = three_domains(run, tmp_path)
     config["brainstacks"]["domains"] = config["brainstacks"]["domains"][2:]
-    made = preview(loaded(config), count_raw=False)
+    made = previewed(loaded(config), count_raw=False)
     manifest = Library.open(run[1] / "out" / "library").manifest
     assert [domain.name for domain in made.domains] == ["math"] and made.domains[0].dropped_rows is None
     assert made.stacks == len(manifest.stacks) + 5
@@ -96,7 +100,7 @@ def test_steps_without_max_steps_are_counted(run: tuple[dict[str, Any], Path, st
     math = config["brainstacks"]["domains"][2]
     del math["max_steps"]
     math["num_epochs"] = 2
-    assert preview(loaded(config), count_raw=False).domains[2].steps == 2 * 30 // (2 * 3)
+    assert previewed(loaded(config), count_raw=False).domains[2].steps == 2 * 30 // (2 * 3)
 
 
 def test_preprocess_prints_a_table_and_train_its_summary(
@@ -116,7 +120,7 @@ def test_preprocess_prints_a_table_and_train_its_summary(
 
 def test_bytes_on_disk_are_exact(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     library = Library.open(run[1] / "out" / "library")
-    made = preview(loaded(three_domains(run, tmp_path)), count_raw=False)
+    made = previewed(loaded(three_domains(run, tmp_path)), count_raw=False)
     assert made.sizes is not None
     for stack in library.manifest.stacks:
         assert (library.stack_path(stack.name) / "adapter_model.safetensors").stat().st_size == made.sizes.stack_file
@@ -135,15 +139,15 @@ def test_the_length_of_a_safetensors_file(names: list[str]) -> None:
 
 def test_the_plan_leaves_randomness_as_it_was(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     """So that a run learns the same with and without it."""
-    plan = loaded(three_domains(run, tmp_path))
+    training = loaded(three_domains(run, tmp_path))
     before = torch.get_rng_state()
-    preview(plan, count_raw=True)
+    previewed(training, count_raw=True)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_memory_of_stacks_is_that_of_real_ones(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
-    plan = loaded(three_domains(run, tmp_path))
-    cfg = plan.stages[0].cfg
+    training = loaded(three_domains(run, tmp_path))
+    plan, cfg = training.plan, training.stages[0].cfg
     sizes = Sizes.of(plan, cfg)
     model = AutoModelForCausalLM.from_pretrained(cfg.base_model, dtype=torch.float32)
     assert sizes.base == sum(parameter.nbytes for parameter in model.parameters())

@@ -4,7 +4,6 @@ import shutil
 from copy import deepcopy
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,11 @@ from axolotl_brainstacks.adapter.model import attach_library
 from axolotl_brainstacks.adapter.nullspace import leakage
 from axolotl_brainstacks.args import BrainstacksBlock, NullSpaceArgs
 from axolotl_brainstacks.calibration import merge_columns
+from axolotl_brainstacks.curriculum.ledger import Ledger
+from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.protection import keep_out_of_others
+from axolotl_brainstacks.curriculum.session import Session
+from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.evaluation import unpack_rows
 from axolotl_brainstacks.library import DomainEntry, Library
 from axolotl_brainstacks.library.lora_import import import_lora
@@ -160,20 +163,17 @@ def test_a_domain_is_kept_out_of_the_leading_directions_of_an_import(tiny_llama_
     assert constraint is not None and constraint.protects == ["sums"] and constraint.energies["sums"] > 0.9
 
 
-# Without a command: the runner's part is played by what it holds
+# Without a command
 
 
-def runner_on(library: Library, base: torch.nn.Module) -> Any:
+def session_on(library: Library, base: torch.nn.Module) -> Session:
+    """A session of no run, on a model that has all stacks of `library`, which is open for writing."""
     model = get_peft_model(deepcopy(base), BrainstacksConfig(task_type="CAUSAL_LM", r=2, num_experts=2, top_k=1))
     attach_library(tuner_of(model), library, "tiny")
     tuner = tuner_of(model)
-    return SimpleNamespace(
-        library=library,
-        model=model,
-        tuner=tuner,
-        plan=SimpleNamespace(block=BrainstacksBlock.parse({"domain": "another"})),
-        stack_names=lambda: [stack.name for stack in tuner.stacks],
-    )
+    plan = Plan({}, BrainstacksBlock.parse({"domain": "another"}), library.path, inference=False)
+    tokenizer: Any = None  # no answers are sampled
+    return Session(model, tuner, tokenizer, Ledger(plan, tuner, library), Interruption(), library.path.parent, 4)
 
 
 def test_a_domain_that_is_trained_again_is_kept_out_of_all_that_others_use(tmp_path: Path) -> None:
@@ -181,18 +181,18 @@ def test_a_domain_that_is_trained_again_is_kept_out_of_all_that_others_use(tmp_p
     torch.manual_seed(0)
     base = tiny_base()
     library = new_library(tmp_path / "library", base, ["chat", "code"])
-    rules, runner = NullSpaceArgs(directions=2), runner_on(library, base)
+    rules, session = NullSpaceArgs(directions=2), session_on(library, base)
     with library.writing():
         library.add_domain(DomainEntry(name="law", base_loss=2.0))
-        keep_out_of_others(runner, "law", rules, 4)
+        keep_out_of_others(session, "law", rules, 4)
         beyond = {d.name: d.protection and d.protection.beyond for d in library.manifest.domains}
         assert beyond == {"chat": [], "code": ["chat"], "law": None}
         library.replace_domain("chat")
-        union = keep_out_of_others(runner, "chat", rules, 4)
+        union = keep_out_of_others(session, "chat", rules, 4)
         entry = library.manifest.domain("code")
         assert entry.protection is not None and entry.protection.beyond == []
         assert library.manifest.domain("chat").protection is None
-        again = keep_out_of_others(runner, "chat", rules, 4)
+        again = keep_out_of_others(session, "chat", rules, 4)
     assert union.keys() == again.keys() and all(torch.equal(again[name], basis) for name, basis in union.items())
     constraint = library.manifest.domain("chat").constraint
     assert constraint is not None and constraint.protects == ["code"] and constraint.energies["code"] > 0.5
@@ -202,11 +202,11 @@ def test_a_domain_that_is_being_replaced_stays_protected(tmp_path: Path) -> None
     torch.manual_seed(0)
     base = tiny_base()
     library = new_library(tmp_path / "library", base, ["chat", "code"])
-    runner = runner_on(library, base)
+    session = session_on(library, base)
     with library.writing():
         library.replace_domain("chat")
         library.add_domain(DomainEntry(name="law", base_loss=2.0))
-        keep_out_of_others(runner, "law", NullSpaceArgs(directions=2), 4)
+        keep_out_of_others(session, "law", NullSpaceArgs(directions=2), 4)
     constraint = library.manifest.domain("law").constraint
     assert constraint is not None and constraint.protects == ["chat", "code"]
     assert constraint.columns == 4 and constraint.energies["chat"] > 0.5
@@ -219,7 +219,7 @@ def test_without_directions_nothing_is_fitted(tmp_path: Path) -> None:
     with library.writing():
         library.add_domain(DomainEntry(name="law", base_loss=2.0))
         before = (library.path / "manifest.json").read_bytes()
-        assert keep_out_of_others(runner_on(library, base), "law", NullSpaceArgs(directions=0), 4) == {}
+        assert keep_out_of_others(session_on(library, base), "law", NullSpaceArgs(directions=0), 4) == {}
     assert (library.path / "manifest.json").read_bytes() == before
 
 
@@ -229,14 +229,14 @@ def test_columns_that_leave_no_direction_are_not_kept(tmp_path: Path) -> None:
     library = new_library(tmp_path / "library", base, [])
     # Three experts of rank 8 fill the 16 outputs of k_proj and v_proj.
     add_domain(library, base, "chat", rows=random_rows(30, Random(0)), settings={"r": 8})
-    runner = runner_on(library, base)
+    session = session_on(library, base)
     with library.writing():
         library.add_domain(DomainEntry(name="law", base_loss=2.0))
         before = (library.path / "manifest.json").read_bytes()
         with pytest.raises(ValueError, match=r"[kv]_proj.*brainstacks\.null_space\.directions"):
-            keep_out_of_others(runner, "law", NullSpaceArgs(directions=16), 4)
+            keep_out_of_others(session, "law", NullSpaceArgs(directions=16), 4)
         assert (library.path / "manifest.json").read_bytes() == before
-        assert keep_out_of_others(runner, "law", NullSpaceArgs(directions=8), 4)
+        assert keep_out_of_others(session, "law", NullSpaceArgs(directions=8), 4)
 
 
 @pytest.mark.parametrize(

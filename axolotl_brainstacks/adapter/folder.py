@@ -10,14 +10,11 @@ import inspect
 import posixpath
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES, SAFETENSORS_WEIGHTS_NAME
 
 from axolotl_brainstacks.guarded import load_tensors
-
-if TYPE_CHECKING:
-    from axolotl_brainstacks.adapter.config import BrainstacksConfig
 
 MANIFEST = "manifest.json"
 # The files of a library that answers need.
@@ -28,7 +25,20 @@ NEEDED = (
 )
 
 
-def check_kind(config: BrainstacksConfig, folder: Path) -> None:
+class FolderConfig(Protocol):
+    """The keys of `BrainstacksConfig` that say what kind of folder it lies in, and how large its tensors are."""
+
+    library: str | None
+    target_modules: list[str] | str | None
+    task_type: Any
+    r: int
+    num_experts: int
+
+    @property
+    def rows(self) -> int: ...
+
+
+def check_kind(config: FolderConfig, folder: Path) -> None:
     """A stack's config has targets. One that stands for a library has none, and names its own folder if that is a library.
 
     Raises:
@@ -53,7 +63,7 @@ def check_kind(config: BrainstacksConfig, folder: Path) -> None:
         raise ValueError(f"{file} lies in a library, so `library` must be '.', but is {config.library!r}: {mend}")
 
 
-def check_rank(config: BrainstacksConfig, folder: Path) -> None:
+def check_rank(config: FolderConfig, folder: Path) -> None:
     """PEFT makes a stack of the size that the config says; the tensors beside it say how large it may be.
 
     Raises:
@@ -71,7 +81,7 @@ def check_rank(config: BrainstacksConfig, folder: Path) -> None:
         )
 
 
-def fetch_library(config: BrainstacksConfig, repository: str, subfolder: str, options: Mapping[str, Any]) -> str:
+def fetch_library(config: FolderConfig, repository: str, subfolder: str, options: Mapping[str, Any]) -> str:
     """Fetch what answers need of the library that `config`, in `subfolder` of a Hub repository, names.
 
     Args:

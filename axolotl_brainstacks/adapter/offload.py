@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.gating import times
 
-if TYPE_CHECKING:
-    from axolotl_brainstacks.adapter.bank import StackBank
-
 DECODER_LAYER = re.compile(r".*?\.\d+(?=\.)")
+
+
+class Offloaded(Protocol):
+    """What stays in CPU memory: the frozen stacks of one projection."""
+
+    training: bool
+
+    def matrices(self) -> Iterable[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class Offload:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[str, list[StackBank]] = {}
-        self._group_of: dict[StackBank, int] = {}
+        self._groups: dict[str, list[Offloaded]] = {}
+        self._group_of: dict[Offloaded, int] = {}
         self._here: int | None = None
         self._copies: dict[tuple[int, torch.Size, torch.device], _Copy] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -53,7 +58,7 @@ class Offload:
         """Without copies, streams and events, which cannot be copied with the model."""
         return vars(self) | {"_here": None, "_copies": {}, "_streams": {}, "_reached": {}}
 
-    def join(self, bank: StackBank, module_name: str) -> None:
+    def join(self, bank: Offloaded, module_name: str) -> None:
         """Serve `bank`, of the projection `module_name`; banks join in the order in which the model computes."""
         layer = DECODER_LAYER.match(module_name)
         group = self._groups.setdefault(layer[0] if layer else module_name, [])
@@ -65,7 +70,7 @@ class Offload:
         self._here, self._copies = None, {}
 
     @torch.compiler.disable
-    def times(self, bank: StackBank, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
+    def times(self, bank: Offloaded, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
         """`gating.times` for one of `bank.matrices()`."""
         result: Tensor = _Times.apply(x, y, partial(self._fetch, self._group_of[bank], matrix, x.device))  # type: ignore[no-untyped-call]
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 import bitsandbytes as bnb
 from axolotl.utils.dict import DictDefault
@@ -105,11 +104,6 @@ def tuner(peft_model: PeftModel) -> BrainstacksModel:
     base = peft_model.base_model
     assert isinstance(base, BrainstacksModel)
     return base
-
-
-def relative_library(plan: Plan, folder: Path) -> str:
-    """The library's path as `adapter_config.json` in `folder` names it, so that both can be moved together."""
-    return str(plan.library_path.resolve().relative_to(folder.resolve(), walk_up=True))
 
 
 def report_quantization(model: BrainstacksModel, cfg: DictDefault) -> None:

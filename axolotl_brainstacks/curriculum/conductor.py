@@ -7,17 +7,17 @@ from typing import Any
 from axolotl.core.trainers.base import AxolotlTrainer
 from transformers.trainer_utils import TrainOutput
 
-from axolotl_brainstacks.curriculum.plan import Plan
-from axolotl_brainstacks.curriculum.runner import CurriculumRunner
+from axolotl_brainstacks.curriculum.preflight import TrainingRun
+from axolotl_brainstacks.curriculum.runner import train_curriculum
 
 
 class Conductor(AxolotlTrainer):
-    """Never makes an engine of its own."""
+    """Makes no engine itself; each round's trainer makes one."""
 
-    plan: Plan
+    run: TrainingRun
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        CurriculumRunner(self.plan, self.model, self.processing_class).run()
+        train_curriculum(self.run, self.model, self.processing_class)
         return TrainOutput(0, 0.0, {})
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -33,5 +33,5 @@ class Conductor(AxolotlTrainer):
             self.model.save_pretrained(output_dir or self.args.output_dir)
 
 
-def conductor_class(plan: Plan) -> type[Conductor]:
-    return type("BrainstacksConductor", (Conductor,), {"plan": plan})
+def conductor_class(run: TrainingRun) -> type[Conductor]:
+    return type("BrainstacksConductor", (Conductor,), {"run": run})

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.curriculum.ledger import Measured
 from axolotl_brainstacks.evaluation import Row
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A domain's validation rows and the stacks that were on when it was trained, its own included."""
-
-    name: str
-    rows: list[Row]
-    context: list[str]
 
 
 def forgetting_row(

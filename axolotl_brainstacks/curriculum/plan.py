@@ -1,18 +1,13 @@
-"""What a run is going to do: the raw config, the `brainstacks:` block, and the stages made of them."""
+"""What a run is going to do: the raw config and the `brainstacks:` block, checked before anything is loaded."""
 
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.distributed import init_distributed_state
 from axolotl.utils.logging import get_logger
 
 from axolotl_brainstacks.adapter.model import PROJECTIONS
@@ -20,40 +15,25 @@ from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.checks import check_refused, check_values
 from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid, overlaid_rl
 from axolotl_brainstacks.curriculum.rl_checks import check_rl, rl_title
-from axolotl_brainstacks.distributed import check_same, is_main, on_each_node, on_main, shared_by_all
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import Manifest
-from axolotl_brainstacks.library.storage import record_of
-
-if TYPE_CHECKING:
-    from axolotl.common.datasets import TrainDatasetMeta
-
-    from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 
 LOG = get_logger(__name__)
 
-_STACK_KEYS = {"num_experts", "top_k", "noisy_gate", "balance_coef", "context", "null_space", "frozen_dtype"}
-_NOT_LEARNED_FROM = {
-    *("axolotl_config_path", "brainstacks", "dataset_num_proc", "dataset_prepared_path", "logging_steps", "output_dir"),
-    *SAVING,
-    "save_total_limit",
-}
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """A validated run. `raw` is the user's config before Axolotl saw it, with our defaults filled in."""
+    """A validated config. `raw` is the user's YAML before Axolotl saw it, with our defaults filled in.
+
+    inference: the run answers instead of training. makes_router: it does so to make a router.
+    """
 
     raw: dict[str, Any]
     block: BrainstacksBlock
     library_path: Path
     inference: bool
     makes_router: bool = False
-    inside_stage: bool = False
-    output_shared: bool = True
-    library_seen: str = ""
-    stages: list[DomainStage] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, cfg: DictDefault) -> Plan:
@@ -93,168 +73,20 @@ class Plan:
                 f"`output_dir` is {cfg['output_dir']}, which is the library {library_path} or inside it: name a folder "
                 "outside in `output_dir`, or another one in `brainstacks.library`"
             )
-        plan = cls(_plain(cfg), block, library_path, bool(cfg.get("inference")))
-        if plan.inference and block.library_sha256:
+        if cfg.get("inference") and block.library_sha256:
             Library.open(library_path, block.library_sha256)
-        plan._disguise(cfg)
-        return plan
-
-    def _disguise(self, cfg: DictDefault) -> None:
-        """Axolotl's base config: its own adapter name, and the first domain's datasets to validate with."""
         cfg["adapter"] = "qlora" if cfg.get("load_in_4bit") else "lora"
-        self.raw["adapter"] = cfg["adapter"]
-        if self.block.domains:
-            complete = overlaid(self.raw, self.block.domains[0].overlay)
+        raw = _plain(cfg)
+        if block.domains:  # Axolotl validates with the first domain's datasets
+            complete = overlaid(raw, block.domains[0].overlay)
             for key in set(cfg) - set(complete):
                 del cfg[key]
             cfg.update(complete)
+        return cls(raw, block, library_path, bool(cfg.get("inference")))
 
-    def load_stages(self, preprocess: bool = False) -> TrainDatasetMeta:
-        """Validate every stage and load its data, and print the plan; the data of the first one still to be trained.
-
-        Args:
-            preprocess: print a whole table, not only its summary.
-
-        Raises:
-            ValueError: if any domain's config or data is unusable, or nodes do not have the same library or data.
-            SystemExit: with status 0 when the library holds all domains already.
-        """
-        from axolotl.common.datasets import TrainDatasetMeta
-
-        from axolotl_brainstacks.curriculum.preview import print_plan
-        from axolotl_brainstacks.curriculum.stages import load_domains
-
-        init_distributed_state()
-        done = self._done_domains()
-        todo = [domain for domain in self.block.curriculum if domain.name not in done]
-        if not todo:
-            # Of a run that was killed when all was done but this.
-            on_each_node(self.remove_leftovers)
-            names = ", ".join(domain.name for domain in self.block.curriculum)
-            print(f"Brainstacks: nothing to do, {self.library_path} holds all domains already: {names}")
-            raise SystemExit(0)
-        self.stages = load_domains(self.raw, todo, self.block, with_rl=True, training=not preprocess)
-        for stage in self.stages:
-            check_same(f"The data of domain `{stage.name}`", stage.all_data, "give all nodes the same files")
-        self.output_shared = shared_by_all(Path(self.raw["output_dir"]))
-        if is_main():
-            print_plan(self, whole=preprocess)
-        first = self.stages[0]
-        return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
-
-    def remove_leftovers(self) -> None:
-        """Remove what rounds of these domains left in `output_dir`; another run's may be beside it."""
-        stages = Path(self.raw["output_dir"]) / "stages"
-        for domain in self.block.curriculum:
-            for folder in stages.glob(f"{domain.name}-*"):
-                shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            stages.rmdir()
-
-    def check_same_library(self) -> None:
-        """Raises ValueError on every rank unless all of them see the same library, and the one that is pinned."""
-        if self.block.library_sha256:
-            Library.open(self.library_path, self.block.library_sha256)
-        self.library_seen = self._library_state()
-        check_same(
-            f"The library {self.library_path}",
-            self.library_seen,
-            "put it on a file system that all nodes share, or copy it from the first node to the others",
-        )
-
-    def check_unchanged(self) -> None:
-        """Raises ValueError if the library is not what `check_same_library` saw. To be called under its lock."""
-        if self._library_state() != self.library_seen:
-            raise ValueError(
-                f"The library {self.library_path} has been changed since this run read it: run the same command again"
-            )
-
-    def _library_state(self) -> str:
-        if not Library.exists(self.library_path):
-            return "nothing there"
-        return f"manifest {record_of(Manifest.read_bytes(self.library_path)).sha256[:12]}"
-
-    def _done_domains(self) -> set[str]:
-        """The domains that the library holds already. Raises ValueError if it is damaged, being written, or not the same
-        for every process."""
-        on_main(self._check_library)
-        self.check_same_library()
-        if not Library.exists(self.library_path):
-            self.block.check_names([])
-            return set()
-        library = Library.open(self.library_path)
-        self.block.check_names(entry.name for entry in library.manifest.domains)
-        library.manifest.check_frozen_dtype(self.block.frozen_dtype)
-        self._check_rl_rounds(library)
-        done = {entry.name for entry in library.manifest.domains if entry.done}
-        if self.block.domain in done:
-            raise ValueError(
-                f"brainstacks.domain: `{self.block.domain}` is already in the library {self.library_path}; choose "
-                f"another name, or remove it with `axolotl brainstacks-library {self.library_path} remove "
-                f"{self.block.domain}`"
-            )
-        return done
-
-    def _check_rl_rounds(self, library: Library) -> None:
-        """Raises ValueError when the RL rounds that a half-trained domain has behind it are others than the YAML's."""
-        entries = {entry.name: entry for entry in library.manifest.domains}
-        for domain in self.block.curriculum:
-            if domain.name not in entries:
-                continue
-            asked = [entry.rl for entry in domain.rl_rounds]
-            behind = [record.rl for record in entries[domain.name].rounds if record.rl]
-            if entries[domain.name].done:
-                if asked[len(behind) :]:
-                    LOG.warning(
-                        "Domain %s is finished, so its `rl_rounds:` %s are not trained; to train the domain again with them: "
-                        "axolotl brainstacks-library %s replace %s",
-                        *(domain.name, ", ".join(asked[len(behind) :]), self.library_path, domain.name),
-                    )
-            elif asked[: len(behind)] != behind:
-                raise ValueError(
-                    f"`rl_rounds:` of domain `{domain.name}` are {', '.join(asked) or 'none'}, but {', '.join(behind)} were "
-                    "trained before the run was stopped: put these first, as they were"
-                )
-
-    def _check_library(self) -> None:
-        if self.block.library_sha256:
-            Library.open(self.library_path, self.block.library_sha256)
-        if not Library.exists(self.library_path):
-            return Library.check_new(self.library_path)
-        # In this order: entering removes what a killed writer left behind, which is no damage.
-        try:
-            with Library.open(self.library_path).writing() as library:
-                problems = library.damage()
-        except OSError as error:
-            raise ValueError(
-                f"The library {self.library_path} cannot be read and written ({error}): mend that, or name another folder "
-                "in `brainstacks.library`"
-            ) from error
-        if problems:
-            raise ValueError(
-                f"The library is damaged: {problems[0]}; restore the file from a copy, or remove its domain with "
-                f"`axolotl brainstacks-library {self.library_path} remove DOMAIN` and train it again"
-            )
-
-    def settings_of(self, stage: Stage) -> dict[str, Any]:
-        """The keys, by the user's names, that decide what a stage learns."""
-        keys = {key: value for key, value in stage.keys.items() if key not in _NOT_LEARNED_FROM}
-        return keys | {"brainstacks": stage.block.model_dump(include=_STACK_KEYS)}
-
-    def training_args(self, cfg: DictDefault) -> dict[str, Any]:
-        """What Axolotl's builders do not pass on to a stage's trainer by themselves."""
-        engine = {"deepspeed": cfg.deepspeed} if cfg.rl and cfg.deepspeed else {}
-        return engine | {"save_on_each_node": not self.output_shared}
-
-    @contextmanager
-    def stage(self, cfg: DictDefault) -> Iterator[None]:
-        """While inside, Axolotl's builders make ordinary trainers for `cfg`, and other plugins see it."""
-        manager = PluginManager.get_instance()
-        before, manager.cfg, self.inside_stage = manager.cfg, cfg, True
-        try:
-            yield
-        finally:
-            manager.cfg, self.inside_stage = before, False
+    def library_from(self, folder: Path) -> str:
+        """The library's path as `adapter_config.json` in `folder` names it, so that both can be moved together."""
+        return str(self.library_path.resolve().relative_to(folder.resolve(), walk_up=True))
 
 
 def _plain(value: Any) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config
 from axolotl.utils.dict import DictDefault
@@ -17,14 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from axolotl_brainstacks.args import DomainArgs
+from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.sizes import Sizes
 from axolotl_brainstacks.curriculum.stages import DomainStage
 from axolotl_brainstacks.evaluation import pack_rows
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import Manifest
-
-if TYPE_CHECKING:
-    from axolotl_brainstacks.curriculum.plan import Plan
 
 LOG = get_logger(__name__)
 
@@ -169,9 +166,13 @@ class Preview:
         return lines
 
 
-def print_plan(plan: Plan, whole: bool) -> None:
-    """Print the plan of loaded stages: `whole` with a table that counts the rows that were dropped, else in a few lines."""
-    made = preview(plan, whole)
+def print_plan(plan: Plan, todo: Sequence[DomainStage], whole: bool) -> None:
+    """Print what training the loaded stages `todo` will be.
+
+    Args:
+        whole: with a table, which also counts the rows that were dropped; else a few lines.
+    """
+    made = preview(plan, todo, whole)
     console = Console()
     if not console.is_terminal:
         console.width = _WIDTH
@@ -181,12 +182,12 @@ def print_plan(plan: Plan, whole: bool) -> None:
         console.print(f"Brainstacks: {line}", soft_wrap=True, highlight=False, markup=False)
 
 
-def preview(plan: Plan, count_raw: bool) -> Preview:
-    """The plan of `plan.stages`; `count_raw` also opens the raw datasets, to tell how many rows were dropped."""
+def preview(plan: Plan, todo: Sequence[DomainStage], count_raw: bool) -> Preview:
+    """What training the stages `todo` will be; `count_raw` also opens the raw datasets, to tell how many rows were dropped."""
     manifest = Library.open(plan.library_path).manifest if Library.exists(plan.library_path) else None
     entries = manifest.domains if manifest else []
     protected = [entry.name for entry in entries if entry.protection]
-    stages = {stage.name: stage for stage in plan.stages}
+    stages = {stage.name: stage for stage in todo}
     domains = [
         _todo(plan, entry, stages[entry.name], count_raw)
         if entry.name in stages
@@ -199,15 +200,15 @@ def preview(plan: Plan, count_raw: bool) -> Preview:
         others=sum(_held(manifest, entry.name) for entry in others),
         unprotected=sum(entry.protection is None for entry in others),
         columns=sum(entry.protection.columns for entry in entries if entry.protection and entry.name not in stages),
-        validation_bytes=sum(len(pack_rows([*stage.rows, *stage.spare_rows])) for stage in plan.stages),
-        sizes=_sizes(plan),
+        validation_bytes=sum(len(pack_rows([*stage.rows, *stage.spare_rows])) for stage in todo),
+        sizes=_sizes(plan, todo[0].cfg),
         offloaded=plan.block.offload_frozen,
     )
 
 
-def _sizes(plan: Plan) -> Sizes | None:
+def _sizes(plan: Plan, cfg: DictDefault) -> Sizes | None:
     try:
-        return Sizes.of(plan, plan.stages[0].cfg)
+        return Sizes.of(plan, cfg)
     except Exception as error:  # a model of foreign code may fail anyhow without memory, and trains well with it
         LOG.warning("The sizes of stacks are not known before the base model is loaded: %s", error)
         return None

@@ -7,8 +7,7 @@ needs them. A domain trains against the union of all others' columns, so that re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from axolotl.utils.logging import get_logger
 from torch import Tensor
@@ -26,28 +25,16 @@ from axolotl_brainstacks.calibration import (
     merge_columns,
 )
 from axolotl_brainstacks.curriculum.build import TRAINED
-from axolotl_brainstacks.distributed import on_main
-from axolotl_brainstacks.evaluation import check_vocabulary, unpack_rows
+from axolotl_brainstacks.curriculum.ledger import Protected
+from axolotl_brainstacks.curriculum.session import Session
 from axolotl_brainstacks.library.manifest import ConstraintRecord
-
-if TYPE_CHECKING:
-    from axolotl_brainstacks.curriculum.runner import CurriculumRunner
 
 LOG = get_logger(__name__)
 
 Columns = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Protected:
-    """A domain to keep out of, with the columns that the library holds for it; None if they are to be fitted."""
-
-    name: str
-    calibration: Calibration
-    columns: Columns | None
-
-
-def keep_out_of_others(runner: CurriculumRunner, domain: str, rules: NullSpaceArgs, batch_size: int) -> Columns:
+def keep_out_of_others(session: Session, domain: str, rules: NullSpaceArgs, batch_size: int) -> Columns:
     """Constrain the stack in training to what the other domains leave, before each of `domain`'s rounds.
 
     Fits the columns of domains that have none, and records what the union of all is worth. Every rank has to call it.
@@ -62,17 +49,18 @@ def keep_out_of_others(runner: CurriculumRunner, domain: str, rules: NullSpaceAr
         ValueError: if a projection has no direction left for `domain`.
     """
     if not rules.directions:
-        runner.tuner.set_null_space(TRAINED, {})
+        session.tuner.set_null_space(TRAINED, {})
         return {}
     # Fitted beyond the domain's own columns, the others' would not hold what they share with it.
-    on_main(lambda: _forget_own(runner, domain))
-    others = _others(runner, domain)
-    if any(other.columns is None for other in others) or on_main(lambda: _recorded(runner, domain)) != _names(others):
-        _fit_and_record(runner, domain, others, rules, batch_size)
-        others = _others(runner, domain)
+    session.ledger.forget_columns(domain)
+    others, constraint = session.ledger.others(domain), session.ledger.constraint(domain)
+    recorded = constraint.protects if constraint else []
+    if any(other.columns is None for other in others) or recorded != _names(others):
+        _fit_and_record(session, domain, others, rules, batch_size)
+        others = session.ledger.others(domain)
     # What was fitted is read back, so that all ranks and all rounds have the same to the last bit.
     union = merge_columns(other.columns for other in others if other.columns)
-    runner.tuner.set_null_space(TRAINED, union)
+    session.tuner.set_null_space(TRAINED, union)
     return union
 
 
@@ -83,92 +71,52 @@ def largest_leakage(columns: Columns, tensors: dict[str, Any]) -> float:
     return max(shares, default=0.0)
 
 
-def _others(runner: CurriculumRunner, domain: str) -> list[Protected]:
-    """The other domains with something to protect, in the library's order; one that is being replaced as it was before."""
-
-    def read() -> list[Protected]:
-        library, attached = runner.library, runner.stack_names()
-        replaced = library.manifest.domain(domain).replaced
-        others = []
-        for entry in library.manifest.domains:
-            trained = entry.before or entry
-            stacks = [stack for stack in trained.context if stack in attached and stack not in replaced]
-            if entry.name == domain or not entry.answers or not stacks:
-                continue
-            rows = unpack_rows(library.validation_of(trained)) if trained.validation else []
-            check_vocabulary(rows, runner.model, f"The validation rows of {entry.name}")
-            columns = library.protection(entry.name) if entry.protection else None
-            others.append(Protected(entry.name, Calibration(rows, stacks), columns))
-        return others
-
-    return on_main(read)
-
-
-def _forget_own(runner: CurriculumRunner, domain: str) -> None:
-    if runner.library.manifest.domain(domain).protection:
-        runner.library.unprotect(domain)
-
-
 def _names(others: Sequence[Protected]) -> list[str]:
     return [other.name for other in others]
 
 
-def _recorded(runner: CurriculumRunner, domain: str) -> list[str]:
-    constraint = runner.library.manifest.domain(domain).constraint
-    return constraint.protects if constraint else []
-
-
 def _fit_and_record(
-    runner: CurriculumRunner, domain: str, others: Sequence[Protected], rules: NullSpaceArgs, batch_size: int
+    session: Session, domain: str, others: Sequence[Protected], rules: NullSpaceArgs, batch_size: int
 ) -> None:
     """Nothing is kept of it if a projection has no direction left."""
     share = -(-rules.samples // max(len(others), 1))
     moments = {}
     for other in others:
-        rows = other.calibration.rows[
-            : _own_rules(runner, other.name, rules).samples if other.columns is None else share
-        ]
-        calibration = Calibration(rows, other.calibration.stacks)
-        moments[other.name] = measure(runner.model, runner.tuner, calibration, batch_size)
+        count = _own_rules(session, other.name, rules).samples if other.columns is None else share
+        calibration = Calibration(other.rows[:count], other.stacks)
+        moments[other.name] = measure(session.model, session.tuner, calibration, batch_size)
     held = {other.name: other.columns for other in others if other.columns is not None}
     beyond = {}
     for other in others:
         if other.columns is None:
             beyond[other.name] = [*held]
-            directions = _own_rules(runner, other.name, rules).directions
-            held[other.name] = fit_columns(runner.tuner, moments[other.name], merge_columns(held.values()), directions)
-    record = _worth(runner, others, moments, merge_columns(held.values()))
-
-    def write() -> None:
-        library = runner.library
-        for name, fitted_beyond in beyond.items():
-            assert record is not None
-            library.write_protection(name, held[name], record.energies[name], record.capacity_left, fitted_beyond)
-        library.update_domain(domain, constraint=record)
-
-    on_main(write)
+            directions = _own_rules(session, other.name, rules).directions
+            held[other.name] = fit_columns(session.tuner, moments[other.name], merge_columns(held.values()), directions)
+    record = _worth(session, others, moments, merge_columns(held.values()))
+    fitted = {name: (held[name], fitted_beyond) for name, fitted_beyond in beyond.items()}
+    session.ledger.record_protection(domain, fitted, record)
     if record is not None:
         _log(domain, record, rules)
 
 
-def _own_rules(runner: CurriculumRunner, protected: str, rules: NullSpaceArgs) -> NullSpaceArgs:
+def _own_rules(session: Session, protected: str, rules: NullSpaceArgs) -> NullSpaceArgs:
     """By which a domain is protected: its own where the YAML names it and they ask for columns, else those of the domain in
     training."""
-    block = runner.plan.block
+    block = session.ledger.plan.block
     named = protected in [domain.name for domain in block.curriculum]
     own = block.settings_of(protected).null_space if named else rules
     return own if own.directions else rules
 
 
 def _worth(
-    runner: CurriculumRunner, others: Sequence[Protected], moments: dict[str, Moments], union: Columns
+    session: Session, others: Sequence[Protected], moments: dict[str, Moments], union: Columns
 ) -> ConstraintRecord | None:
     if not others:
         return None
-    left = capacity(runner.tuner, union)
-    energies = {name: energy_within(runner.tuner, its, union) for name, its in moments.items()}
+    left = capacity(session.tuner, union)
+    energies = {name: energy_within(session.tuner, its, union) for name, its in moments.items()}
     # The energy of a domain without rows is in other units: it counts only where there is nothing else.
-    measured = [energies[other.name] for other in others if other.calibration.rows] or list(energies.values())
+    measured = [energies[other.name] for other in others if other.rows] or list(energies.values())
     captured, total = sum(energy.captured for energy in measured), sum(energy.total for energy in measured)
     by_kind: dict[str, float] = {}
     for name, share in left.items():

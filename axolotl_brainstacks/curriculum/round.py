@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
@@ -29,13 +29,12 @@ from axolotl_brainstacks.curriculum.metrics import name_metrics
 from axolotl_brainstacks.curriculum.protection import Columns, keep_out_of_others, largest_leakage
 from axolotl_brainstacks.curriculum.rl import between_generations, prepare_rl
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE
+from axolotl_brainstacks.curriculum.session import Session
+from axolotl_brainstacks.curriculum.stage_trainers import stage_trainers
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
-from axolotl_brainstacks.distributed import on_each_node, on_main
+from axolotl_brainstacks.distributed import on_each_node, world
 from axolotl_brainstacks.library import RoundRecord
-from axolotl_brainstacks.library.storage import full_disk_named
-
-if TYPE_CHECKING:
-    from axolotl_brainstacks.curriculum.runner import CurriculumRunner
+from axolotl_brainstacks.library.storage import full_disk_named, json_to_bytes, record_of
 
 LOG = get_logger(__name__)
 
@@ -46,19 +45,23 @@ class Round(TrainerCallback):
     As a callback it measures and fits before the first step, once the engine stands.
     """
 
-    def __init__(self, runner: CurriculumRunner, domain: DomainStage, stage: Stage, earlier: list[RoundRecord]) -> None:
-        self.runner, self.domain, self.stage, self.earlier = runner, domain, stage, earlier
+    def __init__(self, session: Session, domain: DomainStage, stage: Stage, earlier: Sequence[RoundRecord]) -> None:
+        self.session, self.domain, self.stage, self.earlier = session, domain, stage, list(earlier)
         self.number = len(earlier) + 1
-        self.model, self.tuner = runner.model, runner.tuner
+        self.model, self.tuner, self.ledger = session.model, session.tuner, session.ledger
         self.loss_before = math.nan
         self.columns: Columns = {}
         self.checkpoint: Path | None = None
 
-    def train(self) -> RoundRecord:
-        """Train, judge and record this round; also resumes it from its last complete checkpoint."""
-        self.runner.interruption.leave_if_received()
+    @contextmanager
+    def trained(self) -> Iterator[RoundRecord]:
+        """Train, judge and record this round, or resume it from its last complete checkpoint.
+
+        While inside, the round's engine still stands, so that losses can be measured; afterwards nothing is left of it.
+        """
+        self.session.interruption.leave_if_received()
         cfg = self._config()
-        with self.runner.plan.stage(cfg):
+        with stage_trainers(cfg):
             self._prepare_stack(cfg.seed)
             set_seed(cfg.seed)
             guard = self._guard()
@@ -72,22 +75,19 @@ class Round(TrainerCallback):
             with full_disk_named(Path(cfg.output_dir)):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not guard.ended(trainer.state):
-                self.runner.interruption.leave_if_received()
+                self.session.interruption.leave_if_received()
             if guard.evaluated_step != trainer.state.global_step:
                 trainer.evaluate()
             guard.close()
             guard.restore_best()
-            record = self._judge(trainer, cfg, guard)
-            if self.runner.next_stage(self.domain, [*self.earlier, record]) is None:
-                self.runner.finish_domain(self.domain)
+            yield self._judge(trainer, cfg, guard)
             release(trainer)
             del self.trainer, trainer
         on_each_node(lambda: _remove(Path(cfg.output_dir)))
-        return record
 
     def _config(self) -> DictDefault:
         cfg = copy.deepcopy(self.stage.cfg)
-        cfg.output_dir = str(self.runner.output_dir / "stages" / f"{self.stage.name}-{self.number}")
+        cfg.output_dir = str(self.session.output_dir / "stages" / f"{self.stage.name}-{self.number}")
         cfg.seed = round_seed(cfg.seed, self.stage.name, self.number)
         # The Trainer removes the checkpoint before the last one while the last one is not complete yet.
         cfg.save_total_limit = max(cfg.save_total_limit or 2, 2)
@@ -101,26 +101,38 @@ class Round(TrainerCallback):
         # Sampled answers have to come from the very policy whose probabilities are trained.
         config.noisy_gate = self.stage.block.noisy_gate and self.stage.rl not in ONLINE
         self.tuner.reset_stack(TRAINED, seed)
-        self.tuner.use_stacks(self.runner.context_of(self.stage.name))
+        self.tuner.use_stacks(self.ledger.context_of(self.stage.name))
 
     def _guard(self) -> Guard:
         rules, rl = self.stage.block.boosting, self.stage.block.rl
         objective = Objective(worst_rise=rules.spike_threshold)
         if self.stage.rl in ONLINE:
             objective = Objective("eval_reward", -1, rl.max_reward_drop, from_start=True, reason="reward collapse")
-        fingerprint = self.runner.fingerprint(self.stage)
-        return Guard(
-            self.tuner, TRAINED, rules.patience, objective, rl.loss_spike if self.stage.rl else None, fingerprint
-        )
+        loss_spike = rl.loss_spike if self.stage.rl else None
+        return Guard(self.tuner, TRAINED, rules.patience, objective, loss_spike, self._fingerprint())
+
+    def _fingerprint(self) -> str:
+        """What a checkpoint has to have in common with this round to be resumed from: SHA-256 of the library below the
+        stage, its config and its data."""
+        session, below = self.session, self.ledger.below()
+        parts = {
+            "library": self.ledger.plan.library_from(session.output_dir),
+            "base": below["base"],
+            "stacks": below["stacks"],
+            "settings": self.stage.settings,
+            "data": self.stage.data,
+            "processes": world()[1],
+        }
+        return record_of(json_to_bytes(parts)).sha256
 
     def _trainer(self, cfg: DictDefault, guard: Guard) -> Trainer:
-        with _tensorboard_logs(self.runner.output_dir / "runs" / f"{self.stage.name}-{self.number}"):
+        with _tensorboard_logs(self.session.output_dir / "runs" / f"{self.stage.name}-{self.number}"):
             trainer = setup_trainer(
                 cfg=cfg,
                 train_dataset=self.stage.train_dataset,
                 eval_dataset=self.stage.eval_dataset,
                 model=self.model,
-                tokenizer=self.runner.tokenizer,
+                tokenizer=self.session.tokenizer,
                 processor=None,
                 total_num_steps=self.stage.total_steps,
             )
@@ -129,7 +141,7 @@ class Round(TrainerCallback):
             prepare_rl(trainer, self.stage.rl, cfg.seed, guard.report)
         if self.stage.rl in ONLINE:
             guard.resumable = partial(between_generations, trainer)
-        trainer.callback_handler.callbacks[:0] = [self, guard, self.runner.interruption]
+        trainer.callback_handler.callbacks[:0] = [self, guard, self.session.interruption]
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
 
@@ -138,18 +150,37 @@ class Round(TrainerCallback):
     ) -> None:
         LOG.info("Stage %s, round %d: %s", self.stage.name, self.number, describe(self.trainer))
         self._check_batches(len(kwargs["train_dataloader"]), len(self.trainer.get_eval_dataloader()))
-        self.runner.start_domain(self.domain)
+        self._start_domain()
         rules = self.stage.block.null_space
-        self.columns = keep_out_of_others(self.runner, self.stage.name, rules, args.per_device_eval_batch_size)
+        self.columns = keep_out_of_others(self.session, self.stage.name, rules, args.per_device_eval_batch_size)
         if self.earlier:
             self.loss_before = loss_so_far(self.earlier)
         else:
             with self.model.disable_adapter():
-                self.loss_before = self.runner.loss(self.domain.rows)
+                self.loss_before = self.session.loss(self.domain.rows)
         LOG.info("%s, round %d starts at a validation loss of %.4f", self.stage.name, self.number, self.loss_before)
         if self.checkpoint is None:
             # The Trainer keeps the checkpoints of the highest steps, whoever wrote them.
             on_each_node(lambda: _remove(*Path(str(args.output_dir)).glob("checkpoint-*")))
+
+    def _start_domain(self) -> None:
+        """Measure the base and list the domain, once; everything later rounds measure on is stored with it."""
+        domain, entry = self.domain, self.ledger.entry(self.domain.name)
+        if entry is not None and (entry.rounds or entry.before is None):
+            # Rows given since would make the losses of its rounds incomparable.
+            domain.rows, domain.spare_rows = self.ledger.rows_of(domain.name)
+            return
+        with self.tuner.using_stacks([]), self.model.disable_adapter():
+            base_loss = self.session.loss(domain.rows)
+        self.ledger.start_domain(domain, base_loss)
+        LOG.info("%s: validation loss of the base model %.4f", domain.name, base_loss)
+
+    def _report_samples(self) -> None:
+        """Put answers to the domain's first validation prompts into the report."""
+        answers = self.session.answers(self.domain.rows, self.domain.name, self.domain.block.samples)
+        if answers:
+            place = {"domain": self.domain.name, "round": self.number}
+            self.ledger.record_samples(self.domain.name, self.number, [place | answer for answer in answers])
 
     def _check_batches(self, train: int, evaluation: int) -> None:
         """Raises ValueError where packing, or the number of processes, leaves no whole batch of a small dataset."""
@@ -163,7 +194,7 @@ class Round(TrainerCallback):
 
     def _judge(self, trainer: Trainer, cfg: DictDefault, guard: Guard) -> RoundRecord:
         """Freeze the stack and measure it as the library will hold it; keep it if it helped."""
-        runner, name = self.runner, self.stage.name
+        name = self.stage.name
         tensors = self.tuner.export_stack(TRAINED)
         record = RoundRecord(
             round=self.number,
@@ -190,14 +221,14 @@ class Round(TrainerCallback):
             "null_space_leakage": largest_leakage(self.columns, tensors),
             "best_eval_loss": guard.objective.sign * guard.best_loss,
         }
-        frozen = on_main(lambda: runner.library.manifest.next_stack_name(name))
+        frozen = self.ledger.next_stack_name(name)
         config = self.model.peft_config[TRAINED]
         assert isinstance(config, BrainstacksConfig)
         self.tuner.reset_stack(TRAINED, cfg.seed)
         self.tuner.attach_stack(frozen, name, config, tensors)
-        self.tuner.use_stacks(runner.context_of(name))
+        self.tuner.use_stacks(self.ledger.context_of(name))
         with self.model.disable_adapter():
-            record.loss_after = runner.loss(self.domain.rows)
+            record.loss_after = self.session.loss(self.domain.rows)
         supervised = [record for record in self.earlier if record.rl is None]
         record.dropped = why_dropped(record, self.stage, guard.objective, loss_so_far(supervised or [record]))
         if record.dropped:
@@ -211,14 +242,14 @@ class Round(TrainerCallback):
                 *(name, self.number, guard.objective.key.removeprefix("eval_")),
                 *(record.objective_before, record.objective_after),
             )
-        runner.report_samples(self.domain, self.number)
-        record = runner.record(self.domain, record, tensors)
+        self._report_samples()
+        record = self.ledger.record_round(name, record, (config.to_dict() | {"inference_mode": True}, tensors))
         assert record.stack == frozen
         return record
 
     def _drop(self, record: RoundRecord) -> RoundRecord:
         LOG.warning("%s, round %d is dropped: %s", self.stage.name, self.number, record.dropped)
-        return self.runner.record(self.domain, record, None)
+        return self.ledger.record_round(self.stage.name, record, None)
 
 
 def round_seed(seed: int, domain: str, number: int) -> int:

@@ -19,7 +19,7 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs, explain
-from axolotl_brainstacks.curriculum.overlay import overlaid, overlaid_rl
+from axolotl_brainstacks.curriculum.overlay import SAVING, overlaid, overlaid_rl
 from axolotl_brainstacks.curriculum.reward_check import check_rewards, load_reward_funcs
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE, check_generations, check_rows, rl_title
 from axolotl_brainstacks.distributed import world
@@ -27,6 +27,13 @@ from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
 from axolotl_brainstacks.library.storage import record_of
 
 LOG = get_logger(__name__)
+
+_STACK_KEYS = {"num_experts", "top_k", "noisy_gate", "balance_coef", "context", "null_space", "frozen_dtype"}
+_NOT_LEARNED_FROM = {
+    *("axolotl_config_path", "brainstacks", "dataset_num_proc", "dataset_prepared_path", "logging_steps", "output_dir"),
+    *SAVING,
+    "save_total_limit",
+}
 
 
 @dataclass
@@ -48,6 +55,12 @@ class Stage:
     def rl(self) -> str | None:
         """The kind of preference or reinforcement learning; None for supervised rounds."""
         return None if self.cfg.rl is None else str(getattr(self.cfg.rl, "value", self.cfg.rl))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys, by the user's names, that decide what the stage learns."""
+        keys = {key: value for key, value in self.keys.items() if key not in _NOT_LEARNED_FROM}
+        return keys | {"brainstacks": self.block.model_dump(include=_STACK_KEYS)}
 
     @cached_property
     def data(self) -> str:

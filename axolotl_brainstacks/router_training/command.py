@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from axolotl.integrations.base import PluginManager
@@ -13,6 +14,7 @@ from rich.console import Console
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.build import tuner
 from axolotl_brainstacks.curriculum.engine import forwards
+from axolotl_brainstacks.curriculum.preflight import LibraryState
 from axolotl_brainstacks.distributed import check_same, is_main, on_main
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.base_model import BaseModelInfo
@@ -36,13 +38,12 @@ def run(config: str) -> None:
 
     cfg = load_cfg(config, inference=True, rl=None)
     init_distributed_state()
-    plan = next(
-        (p.plan for p in PluginManager.get_instance().plugins.values() if isinstance(p, BrainstacksPlugin)), None
-    )
-    if plan is None:
+    plugins = PluginManager.get_instance().plugins.values()
+    plugin = next((plugin for plugin in plugins if isinstance(plugin, BrainstacksPlugin) and plugin.plan), None)
+    if plugin is None or plugin.plan is None:
         raise ValueError(f"{config} does not say `adapter: brainstacks`: a router belongs to a library of stacks")
-    plan.makes_router = True
-    plan.check_same_library()
+    plan = plugin.plan = replace(plugin.plan, makes_router=True)
+    state = LibraryState.same_for_all(plan)
     library = Library.open(plan.library_path)
     domains = checked_domains(library, plan.block)
     samples = load_samples(plan, library, domains)
@@ -65,7 +66,7 @@ def run(config: str) -> None:
 
         def lock() -> None:
             stack.enter_context(library.writing())
-            plan.check_unchanged()
+            state.check_unchanged()
             if base is not None:
                 library.complete_base(base)
 

@@ -1,0 +1,280 @@
+"""What a curriculum reads from and writes into its library. Every method runs on every rank, and all get the same answer;
+only the main process touches the library's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from axolotl_brainstacks.adapter.model import BrainstacksModel, library_config
+from axolotl_brainstacks.curriculum.plan import Plan
+from axolotl_brainstacks.curriculum.preflight import LibraryState
+from axolotl_brainstacks.curriculum.stages import DomainStage
+from axolotl_brainstacks.distributed import on_main
+from axolotl_brainstacks.evaluation import Row, check_vocabulary, pack_rows, unpack_rows
+from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord, replacement
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.library.manifest import ConstraintRecord
+from axolotl_brainstacks.library.report import FORGETTING, SAMPLES, read_records, write_report
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A domain's validation rows, and the stacks that were on when it was trained, its own included."""
+
+    name: str
+    rows: list[Row]
+    context: list[str]
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A domain to keep out of.
+
+    rows, stacks: what its outputs are measured on, and with. columns: (out, d) by module name, as the library holds them;
+    None if they are to be fitted.
+    """
+
+    name: str
+    rows: list[Row]
+    stacks: list[str]
+    columns: dict[str, Tensor] | None
+
+
+class Ledger:
+    """The library of one run. `library` is there on the main process alone."""
+
+    def __init__(self, plan: Plan, tuner: BrainstacksModel, library: Library | None) -> None:
+        self.plan, self.tuner, self._library = plan, tuner, library
+
+    @classmethod
+    @contextmanager
+    def open(cls, plan: Plan, tuner: BrainstacksModel, state: LibraryState) -> Iterator[Ledger]:
+        """Open the plan's library, or create it, and hold its lock.
+
+        Raises:
+            ValueError: if it has changed since `state` was seen, belongs to another base model, or is being written.
+        """
+        base = BaseModelInfo.of(tuner.model, plan.raw["base_model"], plan.raw.get("revision_of_model"))
+        ledger = cls(plan, tuner, None)
+        with ExitStack() as lock:
+            on_main(lambda: ledger._enter(state, base, lock))
+            yield ledger
+
+    def _enter(self, state: LibraryState, base: BaseModelInfo, lock: ExitStack) -> None:
+        path, frozen_dtype = self.plan.library_path, self.plan.block.frozen_dtype
+        if Library.exists(path):
+            library = Library.open(path)
+            lock.enter_context(library.writing())
+            state.check_unchanged()
+            library.set_frozen_dtype(frozen_dtype)
+            library.complete_base(base)
+        else:
+            state.check_unchanged()
+            library = Library.create(path, base, frozen_dtype)
+            lock.enter_context(library.writing())
+        # From the first stack on, so that an interrupted curriculum can be loaded too.
+        library.write_root_config(library_config(self.plan.raw["base_model"], ".").to_dict())
+        self._library = library
+
+    @property
+    def library(self) -> Library:
+        assert self._library is not None, "only the main process has the library"
+        return self._library
+
+    # Reading
+
+    def entry(self, domain: str) -> DomainEntry | None:
+        return on_main(lambda: self._entry(domain))
+
+    def _entry(self, domain: str) -> DomainEntry | None:
+        return next((entry for entry in self.library.manifest.domains if entry.name == domain), None)
+
+    def stack_names(self) -> list[str]:
+        return on_main(lambda: [stack.name for stack in self.library.manifest.stacks])
+
+    def next_stack_name(self, domain: str) -> str:
+        return on_main(lambda: self.library.manifest.next_stack_name(domain))
+
+    def context_of(self, domain: str) -> list[str]:
+        """The attached stacks that are on while `domain` trains, one that is not recorded yet among them."""
+        isolated = self.plan.block.context == "isolated"
+
+        def read() -> tuple[list[str], list[str]]:
+            manifest = self.library.manifest
+            return manifest.training_context(domain, isolated), [stack.name for stack in manifest.stacks]
+
+        context, recorded = on_main(read)
+        return [
+            stack.name
+            for stack in self.tuner.stacks
+            if stack.name in context or (stack.domain == domain and stack.name not in recorded)
+        ]
+
+    def below(self) -> dict[str, Any]:
+        """What the library holds below a stage, as JSON: the base model and all stacks."""
+
+        def read() -> dict[str, Any]:
+            manifest = self.library.manifest
+            return {
+                "base": manifest.base.model_dump(include={"config_hash", "fingerprint", "weights"}),
+                "stacks": [entry.model_dump() for entry in manifest.stacks],
+            }
+
+        return on_main(read)
+
+    def rows_of(self, domain: str) -> tuple[list[Row], list[Row]]:
+        """The validation rows that a domain's losses are measured on, and the spare ones."""
+
+        def read() -> tuple[list[Row], list[Row]]:
+            entry = self.library.manifest.domain(domain)
+            rows = self._rows(entry)
+            measured = len(rows) if entry.eval_rows is None else entry.eval_rows
+            return rows[:measured], rows[measured:]
+
+        return on_main(read)
+
+    def _rows(self, entry: DomainEntry) -> list[Row]:
+        rows = unpack_rows(self.library.validation_of(entry), f"the validation rows of {entry.name}")
+        check_vocabulary(rows, self.tuner.model, f"The validation rows of {entry.name}")
+        return rows
+
+    def when_finished(self, domain: str) -> tuple[list[Measured], list[str], list[str]]:
+        """The finished domains with rows to measure on, all stacks, and the domains without rows, as they will be once
+        `domain` is finished."""
+
+        def read() -> tuple[list[Measured], list[str], list[str]]:
+            manifest = self.library.manifest.model_copy(deep=True)
+            replacement.finish(manifest, domain)
+            every_stack = [stack.name for stack in manifest.active_stacks]
+            finished = [entry for entry in manifest.domains if entry.done]
+            measured = [
+                Measured(
+                    entry.name,
+                    self._rows(entry)[: entry.eval_rows],
+                    [name for name in entry.context if name in every_stack],
+                )
+                for entry in finished
+                if entry.validation is not None
+            ]
+            return measured, every_stack, [entry.name for entry in finished if entry.validation is None]
+
+        return on_main(read)
+
+    def others(self, domain: str) -> list[Protected]:
+        """The other domains with something to protect, in the library's order; one that is being replaced as it was before."""
+        attached = [stack.name for stack in self.tuner.stacks]
+
+        def read() -> list[Protected]:
+            replaced = self.library.manifest.domain(domain).replaced
+            others = []
+            for entry in self.library.manifest.domains:
+                trained = entry.before or entry
+                stacks = [stack for stack in trained.context if stack in attached and stack not in replaced]
+                if entry.name == domain or not entry.answers or not stacks:
+                    continue
+                rows = self._rows(trained) if trained.validation else []
+                columns = self.library.protection(entry.name) if entry.protection else None
+                others.append(Protected(entry.name, rows, stacks, columns))
+            return others
+
+        return on_main(read)
+
+    def constraint(self, domain: str) -> ConstraintRecord | None:
+        """What was recorded when `domain` was last kept out of others."""
+        return on_main(lambda: self.library.manifest.domain(domain).constraint)
+
+    # Writing
+
+    def start_domain(self, stage: DomainStage, base_loss: float) -> None:
+        """List a domain, or renew one that is to be replaced, with the rows that its later losses are measured on."""
+        packed, measured = pack_rows([*stage.rows, *stage.spare_rows]), len(stage.rows)
+
+        def write() -> None:
+            if self._entry(stage.name) is not None:
+                return self.library.renew_validation(stage.name, base_loss, packed, measured)
+            soft = stage.name in self.plan.block.router.soft_domains
+            entry = DomainEntry(name=stage.name, base_loss=base_loss, eval_rows=measured, soft=soft)
+            return self.library.add_domain(entry, packed)
+
+        on_main(write)
+
+    def record_round(
+        self,
+        domain: str,
+        record: RoundRecord,
+        stack: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None,
+    ) -> RoundRecord:
+        """Write a round; a kept one with the config and the tensors of its stack. Returns the record as stored."""
+        context = self.context_of(domain)[:-1]
+
+        def write() -> RoundRecord:
+            if stack is None:
+                self.library.record_round(domain, record)
+            else:
+                config, tensors = stack
+                self.library.add_stack(domain, record.round, dict(config), dict(tensors), record, context)
+            return self.library.manifest.domain(domain).rounds[-1]
+
+        return on_main(write)
+
+    def forget_columns(self, domain: str) -> None:
+        """Drop the columns that protect `domain` itself, and all that were fitted beyond them."""
+
+        def write() -> None:
+            if self.library.manifest.domain(domain).protection:
+                self.library.unprotect(domain)
+
+        on_main(write)
+
+    def record_protection(
+        self,
+        domain: str,
+        fitted: Mapping[str, tuple[dict[str, Tensor], list[str]]],
+        constraint: ConstraintRecord | None,
+    ) -> None:
+        """Write the columns fitted for other domains, each with the names of those that they were fitted beyond, and what
+        the union is worth."""
+
+        def write() -> None:
+            for name, (columns, beyond) in fitted.items():
+                assert constraint is not None
+                energy, left = constraint.energies[name], constraint.capacity_left
+                self.library.write_protection(name, columns, energy, left, beyond)
+            self.library.update_domain(domain, constraint=constraint)
+
+        on_main(write)
+
+    def record_samples(self, domain: str, round_number: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the sampled answers of a domain's round in the report."""
+
+        def write() -> None:
+            old = read_records(self.library, SAMPLES)
+            kept = [line for line in old if (line["domain"], line["round"]) != (domain, round_number)]
+            self.library.write_file(SAMPLES, "".join(json.dumps(line) + "\n" for line in [*kept, *lines]).encode())
+
+        on_main(write)
+
+    def record_forgetting(self, domain: str, row: Mapping[str, Any]) -> None:
+        """Replace the row of the forgetting matrix that was measured after `domain`."""
+
+        def write() -> None:
+            rows = [old for old in read_records(self.library, FORGETTING) if old["after"] != domain]
+            self.library.write_file(FORGETTING, json.dumps([*rows, {"after": domain, **row}], indent=2).encode())
+
+        on_main(write)
+
+    def finish_domain(self, domain: str) -> DomainEntry:
+        """Close a domain and draw the report."""
+
+        def write() -> DomainEntry:
+            entry = self.library.finish_domain(domain)
+            write_report(self.library)
+            return entry
+
+        return on_main(write)
