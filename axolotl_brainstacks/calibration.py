@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
-from axolotl_brainstacks.adapter.model import BrainstacksModel
 from axolotl_brainstacks.adapter.nullspace import RankGram, fit_directions, rest_energy
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.distributed import sum_over_ranks
 from axolotl_brainstacks.evaluation import Row, my_batches
 
@@ -47,7 +47,7 @@ class Energy:
         return self.captured / self.total if self.total else 1.0
 
 
-def measure(model: PeftModel, tuner: BrainstacksModel, calibration: Calibration, batch_size: int) -> Moments:
+def measure(model: PeftModel, tuner: StackTuner, calibration: Calibration, batch_size: int) -> Moments:
     """The domain's moments; every row counts alike, whatever its length. Every rank has to call it.
 
     Without rows every rank of every stack counts alike, so that the leading directions of the deltas are the leading left
@@ -63,7 +63,7 @@ def measure(model: PeftModel, tuner: BrainstacksModel, calibration: Calibration,
 
 @torch.no_grad()
 def _grams(
-    model: PeftModel, tuner: BrainstacksModel, layers: list[BrainstacksLayer], rows: list[Row], batch_size: int
+    model: PeftModel, tuner: StackTuner, layers: list[BrainstacksLayer], rows: list[Row], batch_size: int
 ) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     was_training = model.training
@@ -89,9 +89,7 @@ def _grams(
     return totals
 
 
-def fit_columns(
-    tuner: BrainstacksModel, moments: Moments, held: dict[str, Tensor], directions: int
-) -> dict[str, Tensor]:
+def fit_columns(tuner: StackTuner, moments: Moments, held: dict[str, Tensor], directions: int) -> dict[str, Tensor]:
     """The leading directions of the domain's deltas that `held` leaves: up to `directions` columns (out, d) per
     projection, orthonormal to those of `held`; on the CPU, fp32."""
     return {
@@ -100,7 +98,7 @@ def fit_columns(
     }
 
 
-def energy_within(tuner: BrainstacksModel, moments: Moments, columns: dict[str, Tensor]) -> Energy:
+def energy_within(tuner: StackTuner, moments: Moments, columns: dict[str, Tensor]) -> Energy:
     """How much of the domain's delta energy lies within orthonormal `columns`; in float64."""
     captured = total = 0.0
     for layer, gram, outputs in _by_layer(tuner, moments):
@@ -112,7 +110,7 @@ def energy_within(tuner: BrainstacksModel, moments: Moments, columns: dict[str, 
     return Energy(captured, total)
 
 
-def capacity(tuner: BrainstacksModel, columns: dict[str, Tensor]) -> dict[str, float]:
+def capacity(tuner: StackTuner, columns: dict[str, Tensor]) -> dict[str, float]:
     """By module name, the share of a projection's output space outside `columns`.
 
     Raises:
@@ -138,7 +136,7 @@ def merge_columns(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts if name in part], dim=1) for name in names}
 
 
-def _by_layer(tuner: BrainstacksModel, moments: Moments) -> Iterator[tuple[BrainstacksLayer, Tensor, Tensor]]:
+def _by_layer(tuner: StackTuner, moments: Moments) -> Iterator[tuple[BrainstacksLayer, Tensor, Tensor]]:
     """Each projection with its Gram matrix (R, R) and the stacks' B matrices (R, out); one copy at a time is in memory."""
     device = next(tuner.parameters()).device
     with tuner.using_stacks(moments.stacks):

@@ -9,7 +9,7 @@ from models import another, random_stack, tuner_of, with_stacks
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from axolotl_brainstacks.adapter.model import library_config
+from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.names import FrozenDtype
@@ -30,7 +30,7 @@ def new_library(
     model = with_stacks(base)
     config = model.peft_config["default"].to_dict()
     with library.writing():
-        library.write_root_config(library_config(NAME, ".").to_dict())
+        library.write_root_config(BrainstacksConfig.for_library(NAME, ".").to_dict())
         for domain in domains:
             library.add_domain(DomainEntry(name=domain, base_loss=2.0))
             for number in range(1, stacks + 1):

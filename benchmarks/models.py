@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksModel
+from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.names import FrozenDtype
+from axolotl_brainstacks.serving.model import BrainstacksModel
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS, RANK, TOP_K = 4, 16, 2

@@ -11,13 +11,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksModel
-from axolotl_brainstacks.adapter.model import library_config
+from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
 from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.router.router import routable_domains
 from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.serving.model import BrainstacksModel
 
 VOCABULARY = 96
 ROUND = RoundRecord(round=1, kept=True, loss_before=2.0, loss_after=1.0, steps=1, stop_reason="finished")
@@ -69,7 +69,7 @@ def new_library(
     for name in domains:
         add_domain(library, base, name, stacks, random_rows(10, Random(name)), scale=scale)
     with library.writing():
-        library.write_root_config(library_config("tiny", ".").to_dict())
+        library.write_root_config(BrainstacksConfig.for_library("tiny", ".").to_dict())
     return library
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from wrapped import TINY, assert_near, freeze, layers_of, llama, load_base, logits, revive, tokens, tuner_of, wrap
 from wrapped import base_dir as base_dir
 
-from axolotl_brainstacks.adapter import BrainstacksModel
+from axolotl_brainstacks.serving.model import BrainstacksModel
 
 PREFIX = "base_model.model."
 

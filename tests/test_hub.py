@@ -12,7 +12,7 @@ from answering import DOMAINS, random_router
 from hub import Hub, hub_of
 from routed import new_library, tiny_base
 
-from axolotl_brainstacks.adapter.model import library_config
+from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.library import Library
 
 TOKEN, REPOSITORY = "a-token-of-the-test", "someone/library"
@@ -82,7 +82,7 @@ def test_a_private_library_is_fetched_with_the_callers_token_into_the_callers_ca
 def test_a_reference_finds_its_library_in_the_repository(folder: Path, tmp_path: Path) -> None:
     """What training leaves in `output_dir`, with the library in it as by default."""
     output = tmp_path / "output"
-    library_config("tiny", "library").save_pretrained(str(output / "run[1]"))
+    BrainstacksConfig.for_library("tiny", "library").save_pretrained(str(output / "run[1]"))
     (output / "run[1]" / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
     shutil.copytree(folder, output / "run[1]" / "library")
     with hub_of(output, REPOSITORY, TOKEN) as hub:
@@ -107,10 +107,10 @@ def test_a_repository_names_no_folder_outside_of_it_and_a_library_itself(folder:
     output = tmp_path / "output"
     shutil.copytree(folder, output / "library")
     for name, library in {"above": "../../other", "absolute": "/etc", "by detour": "in/../../.."}.items():
-        library_config("tiny", library).save_pretrained(str(output / name))
-    library_config("tiny", "../library").save_pretrained(str(output / "beside"))
+        BrainstacksConfig.for_library("tiny", library).save_pretrained(str(output / name))
+    BrainstacksConfig.for_library("tiny", "../library").save_pretrained(str(output / "beside"))
     shutil.copytree(folder, output / "strange")
-    library_config("tiny", "../library").save_pretrained(str(output / "strange"))
+    BrainstacksConfig.for_library("tiny", "../library").save_pretrained(str(output / "strange"))
     with hub_of(output, REPOSITORY, TOKEN) as hub:
         done = run(hub, tmp_path, REFUSED, REPOSITORY, tmp_path / "cache", TOKEN,
                    "above", "absolute", "by detour", "strange", "beside")  # fmt: skip

@@ -22,8 +22,8 @@ from routed import add_domain, new_library, tuner_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, TextStreamer
 
-from axolotl_brainstacks.adapter import BrainstacksModel
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.serving.model import BrainstacksModel
 
 
 def padded_left(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from wrapped import assert_near, freeze, llama, load_base, logits, tokens, tuner
 from wrapped import base_dir as base_dir
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
-from axolotl_brainstacks.adapter.model import library_config
 from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 
@@ -26,7 +25,7 @@ def make_library(folder: Path, base_dir: Path, model: PeftModel, domains: list[s
             library.add_domain(DomainEntry(name=domain, base_loss=2.0))
             library.add_stack(domain, 1, model.peft_config["default"].to_dict(), tensors, record)
             library.update_domain(domain, done=True)
-        library.write_root_config(library_config(str(base_dir), ".").to_dict())
+        library.write_root_config(BrainstacksConfig.for_library(str(base_dir), ".").to_dict())
     return library
 
 
@@ -69,7 +68,7 @@ def test_one_stack_of_a_library_is_a_peft_folder_too(base_dir: Path, trained: Pe
 
 def test_a_folder_that_points_at_a_library_loads_it(base_dir: Path, trained: PeftModel, library: Library) -> None:
     output = library.path.parent / "output"
-    config = library_config(str(base_dir), "../library")
+    config = BrainstacksConfig.for_library(str(base_dir), "../library")
     config.save_pretrained(str(output))
     save_file({}, output / "adapter_model.safetensors")
     ids = tokens()

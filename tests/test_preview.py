@@ -19,13 +19,13 @@ from processes import train
 from test_curriculum import curriculum_config, write_domain
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from axolotl_brainstacks.adapter.model import BrainstacksModel
 from axolotl_brainstacks.curriculum.build import TRAINED, stack_config
 from axolotl_brainstacks.curriculum.preflight import TrainingRun
 from axolotl_brainstacks.curriculum.preview import DomainPreview, Preview, preview, size
 from axolotl_brainstacks.curriculum.sizes import Sizes, base_bytes, meta_model, safetensors_bytes, state_bytes
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.storage import tensors_to_bytes
+from axolotl_brainstacks.serving.model import BrainstacksModel
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
-from axolotl_brainstacks.adapter.model import attach_library
 from axolotl_brainstacks.adapter.nullspace import leakage
 from axolotl_brainstacks.args import BrainstacksBlock, NullSpaceArgs
 from axolotl_brainstacks.calibration import merge_columns
+from axolotl_brainstacks.curriculum.build import attach_library
 from axolotl_brainstacks.curriculum.ledger import Ledger
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.protection import keep_out_of_others

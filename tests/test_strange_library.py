@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 from wrapped import llama, load_base, revive, wrap
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
-from axolotl_brainstacks.adapter.model import library_config, stand_for_library
+from axolotl_brainstacks.curriculum.build import stand_for_library
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS
 from axolotl_brainstacks.serving.routes import PromptRoute
@@ -166,7 +166,7 @@ def test_verify_asks_that_the_root_names_its_own_folder(path: Path) -> None:
 
 
 def test_a_config_without_stack_or_library_is_refused(path: Path, load: Load, tmp_path: Path) -> None:
-    library_config("tiny", "library").save_pretrained(str(tmp_path))
+    BrainstacksConfig.for_library("tiny", "library").save_pretrained(str(tmp_path))
     save_file({}, tmp_path / WEIGHTS)
     assert tuner_of(load(tmp_path)).resident is not None
     config = json.loads((tmp_path / CONFIG).read_text())

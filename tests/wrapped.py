@@ -10,7 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLayer, BrainstacksModel
+from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLayer
+from axolotl_brainstacks.serving.model import BrainstacksModel
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,

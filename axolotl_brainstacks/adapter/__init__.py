@@ -5,6 +5,6 @@ import peft  # noqa: F401
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
-from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.adapter.tuner import StackTuner
 
-__all__ = ["BrainstacksConfig", "BrainstacksLayer", "BrainstacksModel"]
+__all__ = ["BrainstacksConfig", "BrainstacksLayer", "StackTuner"]

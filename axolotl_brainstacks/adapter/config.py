@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils.constants import CONFIG_NAME
+from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES
 from peft.utils.peft_types import PeftType
 
 from axolotl_brainstacks.adapter.folder import check_kind, check_rank, fetch_library
@@ -95,6 +95,17 @@ class BrainstacksConfig(PeftConfig):
     def rows(self) -> int:
         """Rows of a projection's A matrix: gate, noise, and the experts' ranks."""
         return 2 * self.num_experts + self.num_experts * self.r
+
+    @classmethod
+    def for_library(cls, base_model: str, library: str) -> BrainstacksConfig:
+        """Config of a PEFT folder that stands for a whole library: no stack of its own, all of the library's."""
+        return cls(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_model,
+            target_modules=DUMMY_TARGET_MODULES,
+            library=library,
+            inference_mode=True,
+        )
 
     @classmethod
     def of_stack(cls, name: str, values: Mapping[str, Any]) -> BrainstacksConfig:

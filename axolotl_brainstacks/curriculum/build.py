@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import bitsandbytes as bnb
 from axolotl.utils.dict import DictDefault
@@ -12,10 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.model import PROJECTIONS, BrainstacksModel, attach_library
+from axolotl_brainstacks.adapter.tuner import PROJECTIONS, StackTuner
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.distributed import is_main
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.serving.model import BrainstacksModel
 from axolotl_brainstacks.serving.routes import load_router
 
 LOG = get_logger(__name__)
@@ -89,7 +92,7 @@ def stack_config(cfg: DictDefault, plan: Plan) -> BrainstacksConfig:
     )
 
 
-def check_targets(model: BrainstacksModel, targets: Collection[str] | str | None) -> None:
+def check_targets(model: StackTuner, targets: Collection[str] | str | None) -> None:
     """Raises ValueError for a named projection that the model lacks; the default's are tried on any model."""
     wrapped = [f".{layer.module_name}" for layer in model.layers()]
     for target in () if isinstance(targets, str) else targets or ():
@@ -100,13 +103,34 @@ def check_targets(model: BrainstacksModel, targets: Collection[str] | str | None
             )
 
 
+def attach_library(tuner: StackTuner, library: Library, model_name: str) -> None:
+    """Attach all stacks of `library`, oldest first, those of a domain that is being trained again among them.
+
+    Raises:
+        ValueError: if the library was made for another base model, or one of its files is missing or altered.
+    """
+    library.manifest.base.check(BaseModelInfo.of(tuner.model, model_name))
+    for entry in library.manifest.stacks:
+        config = BrainstacksConfig.of_stack(entry.name, library.stack_config(entry.name))
+        tuner.attach_stack(entry.name, entry.domain, config, library.stack_tensors(entry.name))
+
+
+def stand_for_library(model: PeftModel, adapter: str, base_model: str, library: str) -> None:
+    """Make what `save_pretrained` writes a folder that stands for `library`: without the stack in training, and without the
+    embeddings that PEFT adds where the vocabulary was resized, as no weight but a stack's comes from a library."""
+    for layer in tuner(model).layers():
+        layer.delete_adapter(adapter)
+    model.peft_config[adapter] = BrainstacksConfig.for_library(base_model, library)
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
+
+
 def tuner(peft_model: PeftModel) -> BrainstacksModel:
     base = peft_model.base_model
     assert isinstance(base, BrainstacksModel)
     return base
 
 
-def report_quantization(model: BrainstacksModel, cfg: DictDefault) -> None:
+def report_quantization(model: StackTuner, cfg: DictDefault) -> None:
     """Say how many wrapped projections are quantised.
 
     Raises:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.distributed import barrier, gather_objects, gathered
 
 LOG = get_logger(__name__)
@@ -53,7 +53,7 @@ class Guard(TrainerCallback):
 
     def __init__(
         self,
-        tuner: BrainstacksModel,
+        tuner: StackTuner,
         adapter: str,
         patience: int,
         objective: Objective,

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from axolotl_brainstacks.adapter.model import BrainstacksModel, library_config
+from axolotl_brainstacks.adapter.config import BrainstacksConfig
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.preflight import LibraryState
 from axolotl_brainstacks.curriculum.stages import DomainStage
@@ -49,12 +50,12 @@ class Protected:
 class Ledger:
     """The library of one run. `library` is there on the main process alone."""
 
-    def __init__(self, plan: Plan, tuner: BrainstacksModel, library: Library | None) -> None:
+    def __init__(self, plan: Plan, tuner: StackTuner, library: Library | None) -> None:
         self.plan, self.tuner, self._library = plan, tuner, library
 
     @classmethod
     @contextmanager
-    def open(cls, plan: Plan, tuner: BrainstacksModel, state: LibraryState) -> Iterator[Ledger]:
+    def open(cls, plan: Plan, tuner: StackTuner, state: LibraryState) -> Iterator[Ledger]:
         """Open the plan's library, or create it, and hold its lock.
 
         Raises:
@@ -79,7 +80,7 @@ class Ledger:
             library = Library.create(path, base, frozen_dtype)
             lock.enter_context(library.writing())
         # From the first stack on, so that an interrupted curriculum can be loaded too.
-        library.write_root_config(library_config(self.plan.raw["base_model"], ".").to_dict())
+        library.write_root_config(BrainstacksConfig.for_library(self.plan.raw["base_model"], ".").to_dict())
         self._library = library
 
     @property

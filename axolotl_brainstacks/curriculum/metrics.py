@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.adapter.tuner import StackTuner
 
 
-def name_metrics(trainer: Trainer, tuner: BrainstacksModel, domain: str, round_number: int) -> None:
+def name_metrics(trainer: Trainer, tuner: StackTuner, domain: str, round_number: int) -> None:
     """Let the progress bar, wandb, tensorboard and all other callbacks of `trainer` see `<domain>/round<n>/<metric>`.
 
     Done where the handler hands logs to callbacks: the trainer itself goes on working with the plain names.
@@ -30,7 +30,7 @@ def name_metrics(trainer: Trainer, tuner: BrainstacksModel, domain: str, round_n
         layer.statistics = None
 
 
-def gate_metrics(tuner: BrainstacksModel) -> dict[str, float]:
+def gate_metrics(tuner: StackTuner) -> dict[str, float]:
     """Load balance since the last call: mean loss (top_k is perfect), and the least and most used expert of any projection."""
     counters = [layer.statistics for layer in tuner.layers() if layer.statistics is not None]
     if not counters:

@@ -9,8 +9,7 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_brainstacks.adapter.model import stand_for_library
-from axolotl_brainstacks.curriculum.build import TRAINED, tuner
+from axolotl_brainstacks.curriculum.build import TRAINED, stand_for_library, tuner
 from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.curriculum.forgetting import forgetting_row
 from axolotl_brainstacks.curriculum.ledger import Ledger

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.args import SampleArgs
 from axolotl_brainstacks.curriculum.ledger import Ledger
 from axolotl_brainstacks.curriculum.signals import Interruption
@@ -24,7 +24,7 @@ class Session:
     """
 
     model: PeftModel
-    tuner: BrainstacksModel
+    tuner: StackTuner
     tokenizer: PreTrainedTokenizerBase
     ledger: Ledger
     interruption: Interruption

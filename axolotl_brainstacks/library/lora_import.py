@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.model import BrainstacksModel, library_config
 from axolotl_brainstacks.adapter.tensors import stack_tensors
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.guarded import load_tensors, printable, read_json
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.library.library import Library
@@ -87,7 +87,7 @@ def import_lora(library_path: Path, name: str, folder: Path, base_model: str | N
         entry = DomainEntry(name=name, base_loss=math.nan, done=True)
         stack = library.import_domain(entry, stack_config.to_dict(), tensors)
         if not (library.path / CONFIG).exists():
-            library.write_root_config(library_config(base_name, ".").to_dict())
+            library.write_root_config(BrainstacksConfig.for_library(base_name, ".").to_dict())
     return stack
 
 
@@ -277,7 +277,7 @@ def _try_on(
     pairs: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
     """Raises ValueError when a projection is not in the model, is none that stacks wrap, or has another shape."""
-    tuner = BrainstacksModel(model, BrainstacksConfig(target_modules=DUMMY_TARGET_MODULES), "default")
+    tuner = StackTuner(model, BrainstacksConfig(target_modules=DUMMY_TARGET_MODULES), "default")
     prefix = tuner._language_model_prefix()
     if outside := [module_name for module_name in pairs if not module_name.startswith(prefix)]:
         raise ValueError(f"Domain {name}: {outside[0]} lies outside the language model, where stacks cover nothing")

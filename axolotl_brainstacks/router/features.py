@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.adapter.tuner import StackTuner
 
 MAX_TOKENS = 256
 MIDDLE_SHARE, LAST_SHARE = 0.45, 0.55
@@ -16,8 +16,8 @@ MIDDLE_SHARE, LAST_SHARE = 0.45, 0.55
 
 @torch.no_grad()
 def base_features(
-    model: PeftModel | BrainstacksModel,
-    tuner: BrainstacksModel,
+    model: PeftModel | StackTuner,
+    tuner: StackTuner,
     input_ids: Tensor,
     attention_mask: Tensor,
     max_tokens: int = MAX_TOKENS,

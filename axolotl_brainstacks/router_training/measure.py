@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.distributed import gather_objects, world
 from axolotl_brainstacks.evaluation import Batch, Row, batch_losses
 from axolotl_brainstacks.router.features import base_features, pad_right
@@ -40,7 +40,7 @@ class Meter:
     """
 
     model: PeftModel
-    tuner: BrainstacksModel
+    tuner: StackTuner
     domains: list[str]
     stacks: Sequence[Stack]
     batch_size: int

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from tqdm import tqdm
 
-from axolotl_brainstacks.adapter import BrainstacksModel
+from axolotl_brainstacks.serving.model import BrainstacksModel
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 

@@ -11,7 +11,7 @@ def register_peft_type() -> None:
     if NAME not in PeftType.__members__:
         _add_member()
         from axolotl_brainstacks.adapter.config import BrainstacksConfig
-        from axolotl_brainstacks.adapter.model import BrainstacksModel
+        from axolotl_brainstacks.serving.model import BrainstacksModel
 
         register_peft_method(
             name=NAME.lower(), prefix="brainstacks_", config_cls=BrainstacksConfig, model_cls=BrainstacksModel

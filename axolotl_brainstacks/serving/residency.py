@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,13 +12,10 @@ from axolotl_brainstacks.adapter.bank import StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import WEIGHTS
 from axolotl_brainstacks.library.storage import problem_of
-
-if TYPE_CHECKING:
-    from axolotl_brainstacks.adapter.model import BrainstacksModel
-
 
 # What changes with a file's content: modification and change time in ns, size in bytes, and which file it is.
 Signature = tuple[int, int, int, int, int]
@@ -44,7 +40,7 @@ class ResidentStacks:
         peak_bytes: most memory that stacks ever took.
     """
 
-    def __init__(self, tuner: BrainstacksModel, library: Library) -> None:
+    def __init__(self, tuner: StackTuner, library: Library) -> None:
         """Wrap every projection that a stack covers; no weight is read.
 
         Raises:

@@ -14,18 +14,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from axolotl_brainstacks.evaluation import IGNORED
+from axolotl_brainstacks.guarded import printable
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.features import base_features, pad_right
 from axolotl_brainstacks.router.router import Router, spread
-
-if TYPE_CHECKING:
-    from axolotl_brainstacks.adapter.model import BrainstacksModel
+from axolotl_brainstacks.serving.library_tuner import LibraryTuner
 
 LOG = logging.getLogger(__name__)
 
@@ -50,13 +49,8 @@ class PromptRoute:
         return f"{on} (uncovered)" if self.uncovered else on
 
 
-def printable(text: str) -> str:
-    """`text` without what a terminal would obey: control characters become escapes."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
 def route(
-    tuner: BrainstacksModel,
+    tuner: LibraryTuner,
     prompts: Tensor | Sequence[str],
     attention_mask: Tensor | None = None,
     tokenizer: Any = None,
@@ -72,7 +66,7 @@ def route(
 
 
 def _route(
-    tuner: BrainstacksModel,
+    tuner: LibraryTuner,
     router: Router,
     prompts: Tensor | Sequence[str],
     attention_mask: Tensor | None,
@@ -97,7 +91,7 @@ def _route(
 
 
 def routes_for(
-    tuner: BrainstacksModel,
+    tuner: LibraryTuner,
     prompts: Tensor | Sequence[str] | None,
     attention_mask: Tensor | None,
     tokenizer: Any,
@@ -127,7 +121,7 @@ def routes_for(
     return [PromptRoute(dict(row)) for row in rows]
 
 
-def load_router(tuner: BrainstacksModel) -> None:
+def load_router(tuner: LibraryTuner) -> None:
     """Load the router that answers will need, if any, so that one that cannot be used is an error before any prompt.
 
     Raises:
@@ -138,14 +132,14 @@ def load_router(tuner: BrainstacksModel) -> None:
             _router(tuner)
 
 
-def stack_weights(tuner: BrainstacksModel, routes: Sequence[PromptRoute]) -> tuple[list[str], Tensor]:
+def stack_weights(tuner: LibraryTuner, routes: Sequence[PromptRoute]) -> tuple[list[str], Tensor]:
     """What `use_stacks` takes: the stacks that some route needs, and their weights (routes, stacks)."""
     domains = _domains(tuner)
     weights = [[row.weights.get(domain, 0.0) for domain in domains] for row in routes]
     return spread(torch.tensor(weights).reshape(len(routes), len(domains)), domains, tuner.stacks)
 
 
-def generate(tuner: BrainstacksModel, *args: Any, domains: Domains | None = None, **kwargs: Any) -> Any:
+def generate(tuner: LibraryTuner, *args: Any, domains: Domains | None = None, **kwargs: Any) -> Any:
     """`BrainstacksModel.generate`."""
     with tuner.lock:
         if domains is None and not _routes_by_itself(tuner):
@@ -176,7 +170,7 @@ def generate(tuner: BrainstacksModel, *args: Any, domains: Domains | None = None
 
 
 def _one_route_each(
-    tuner: BrainstacksModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], domains: Domains | None
+    tuner: LibraryTuner, args: tuple[Any, ...], kwargs: Mapping[str, Any], domains: Domains | None
 ) -> list[PromptRoute]:
     """The routes of a call of `generate`: one for all rows, or as many as there are prompts."""
     if isinstance(domains, Mapping):
@@ -188,7 +182,7 @@ def _one_route_each(
     return routes
 
 
-def routed_forward(tuner: BrainstacksModel, *args: Any, **kwargs: Any) -> Any:
+def routed_forward(tuner: LibraryTuner, *args: Any, **kwargs: Any) -> Any:
     """A plain forward in mode "routed". A row's prompt is what stands before its first label; without labels, all of it.
 
     Raises:
@@ -211,11 +205,11 @@ def routed_forward(tuner: BrainstacksModel, *args: Any, **kwargs: Any) -> Any:
         tuner.selection.wanted = chosen
 
 
-def _domains(tuner: BrainstacksModel) -> list[str]:
+def _domains(tuner: LibraryTuner) -> list[str]:
     return list(dict.fromkeys(stack.domain for stack in tuner.stacks))
 
 
-def _router(tuner: BrainstacksModel) -> Router:
+def _router(tuner: LibraryTuner) -> Router:
     if tuner.router is None:
         if tuner.resident is None:
             raise ValueError("This model has no router: load one with `PeftModel.from_pretrained(base, library)`")
@@ -226,7 +220,7 @@ def _router(tuner: BrainstacksModel) -> Router:
     return tuner.router
 
 
-def _routes_by_itself(tuner: BrainstacksModel) -> bool:
+def _routes_by_itself(tuner: LibraryTuner) -> bool:
     if tuner.mode != "auto":
         return tuner.mode == "routed"
     if tuner.router is not None or tuner.resident is None:
@@ -242,7 +236,7 @@ def _routes_by_itself(tuner: BrainstacksModel) -> bool:
     return True
 
 
-def _prompts(tuner: BrainstacksModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _prompts(tuner: LibraryTuner, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Token ids (rows, tokens) and mask of a call; a mask that was not given is inferred as `generate` does."""
     ids = next((ids for ids in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")) if ids is not None), None)
     if ids is None:
@@ -255,7 +249,7 @@ def _prompts(tuner: BrainstacksModel, args: tuple[Any, ...], kwargs: Mapping[str
     return ids, mask
 
 
-def _setting(tuner: BrainstacksModel, kwargs: Mapping[str, Any], name: str) -> Any:
+def _setting(tuner: LibraryTuner, kwargs: Mapping[str, Any], name: str) -> Any:
     configs = (kwargs.get("generation_config"), tuner.model.generation_config)
     given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in given if value is not None), None)

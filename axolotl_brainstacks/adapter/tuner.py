@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -23,34 +19,24 @@ from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.offload import Offload
 from axolotl_brainstacks.adapter.selection import FrozenStack, ModelLock, Selection, SelectionState
 from axolotl_brainstacks.adapter.tensors import check_values, is_stack_key, stack_pairs, stack_tensors
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from axolotl_brainstacks.library import Library
-    from axolotl_brainstacks.names import FrozenDtype
-    from axolotl_brainstacks.router.router import Router
-    from axolotl_brainstacks.serving.residency import ResidentStacks
-    from axolotl_brainstacks.serving.routes import Domains, PromptRoute
+from axolotl_brainstacks.names import FrozenDtype
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MODES = ("auto", "routed", "ungated", "base")
 
 
-class BrainstacksModel(BaseTuner):
+class StackTuner(BaseTuner):
     """MoE-LoRA stacks on a frozen base model (arXiv 2604.01152, MoE-LoRA building block).
 
     The stack in training is a PEFT adapter. Frozen stacks are buffers of the layers, outside PEFT's set of adapters: they
     are never trained, never in a checkpoint, and stay on when PEFT disables adapters.
 
-    Threads: forwards, `generate`, `route`, `routed`, `using_stacks`, `use_stacks`, `mode`, `disable_adapter`,
-    `attach_stack` and `detach_stack` take the model's `lock`, so each thread computes with the stacks that it chose, one
-    after the other. A block of `with routed(...)` or `with using_stacks(...)` holds the lock: other threads wait until it
-    ends, so a block must not wait for an answer of another thread. What `use_stacks` and `mode` choose holds for all
-    threads. Not guarded: calls of the base model that PEFT wraps (`get_base_model()`), training, moving and copying.
+    Threads: forwards, `using_stacks`, `use_stacks`, `disable_adapter`, `attach_stack` and `detach_stack` take the model's
+    `lock`, so each thread computes with the stacks that it chose, one after the other. A block of `with using_stacks(...)`
+    holds the lock: other threads wait until it ends, so a block must not wait for an answer of another thread. What
+    `use_stacks` chooses holds for all threads. Not guarded: calls of the base model that PEFT wraps (`get_base_model()`),
+    training, moving and copying.
 
-    Interrupts: after an exception, at whatever point, the stacks that were chosen before are on in the next forward. Where
-    memory was being changed, the library's stacks are read anew.
+    Interrupts: after an exception, at whatever point, the stacks that were chosen before are on in the next forward.
     """
 
     prefix: str = "brainstacks_"
@@ -117,60 +103,23 @@ class BrainstacksModel(BaseTuner):
         self._offload: Offload | None = None
         self._frozen_dtype: torch.dtype | None = None
         self._settling: RemovableHandle | None = None
-        self._library: str | None = None
-        self.resident: ResidentStacks | None = None
-        self.router: Router | None = None
-        self.show_routes = False
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, BrainstacksConfig)
-        if config.library is not None and config.library != self._library:
-            with self.lock:
-                self._attach_library(config.library, getattr(model.config, "_name_or_path", "") or type(model).__name__)
-
-    def _attach_library(self, path: str, model_name: str) -> None:
-        if not Path(path).is_absolute():
-            raise ValueError(
-                f"`library` is {path!r}, which counts from the folder of its {CONFIG_NAME}; load it with "
-                "`PeftModel.from_pretrained(model, folder)`, or make it absolute"
-            )
-        if self.stacks:
-            raise ValueError(f"The model has stacks already; attach {path} to a fresh base model")
-        from axolotl_brainstacks.library import Library
-        from axolotl_brainstacks.library.base_model import BaseModelInfo
-        from axolotl_brainstacks.serving.residency import ResidentStacks, check_root
-
-        library = Library.open(path)
-        check_root(library)
-        library.manifest.base.check(BaseModelInfo.of(self.model, model_name))
-        self.keep_frozen_as(library.manifest.frozen_dtype)
-        self.resident = ResidentStacks(self, library)
-        self._settle_before_forwards()
-        self.selection.stacks = tuple(FrozenStack(entry.name, entry.domain) for entry in library.manifest.active_stacks)
-        self.mode = os.environ.get("BRAINSTACKS_MODE", "auto")
-        self._library = path  # last: only a library that is attached whole counts as attached
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        base = super()._unload_and_optionally_merge(*args, **kwargs)
+        if self._settling is not None:
+            self._settling.remove()
+        return base
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's hook on the tensors of a folder, before any is copied: it would copy into the base model's weights too."""
-        assert isinstance(config, BrainstacksConfig)
-        tuner = getattr(model, "base_model", model)
-        if config.library is not None:
-            if state_dict:
-                raise ValueError(
-                    f"The weights beside an {CONFIG_NAME} that names a library hold {next(iter(state_dict))!r}, but they "
-                    "must be empty, as all weights come from its stacks: restore the file from a copy of the library"
-                )
-            if isinstance(tuner, BrainstacksModel) and tuner._library != config.library:
-                raise ValueError(
-                    f"The library {config.library!r} is not attached, perhaps as its load was interrupted: load the base "
-                    "model and the library again"
-                )
-        elif foreign := [key for key in state_dict if not is_stack_key(key)]:
+        """PEFT's hook on the tensors of a folder, before any is copied: it would copy into the base model's weights too.
+
+        Raises:
+            ValueError: for a tensor that belongs to no stack.
+        """
+        if foreign := [key for key in state_dict if not is_stack_key(key)]:
             embeddings = _embedding_keys(model) if not config.inference_mode else set()
             if unknown := [key for key in foreign if key not in embeddings]:
                 raise ValueError(
@@ -178,12 +127,6 @@ class BrainstacksModel(BaseTuner):
                     "of the base model: restore the file from a copy"
                 )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        base = super()._unload_and_optionally_merge(*args, **kwargs)
-        if self._settling is not None:
-            self._settling.remove()
-        return base
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -244,8 +187,7 @@ class BrainstacksModel(BaseTuner):
             pairs = stack_pairs(name, tensors)
             check_values(f"Stack {name}", tensors, self._frozen_dtype)
             self._settle_before_forwards()
-            if self.resident is not None:
-                self._switch_to(self._selection(None))  # a stack on top of a library comes after all of it
+            self._before_attaching()
             self._take_out(name)  # what an interrupted call has left
             try:
                 for module_name, (a, b) in pairs.items():
@@ -270,15 +212,13 @@ class BrainstacksModel(BaseTuner):
             self._settle()
 
     def _now_attached(self, stacks: tuple[FrozenStack, ...]) -> None:
-        on = Selection(tuple(stack.name for stack in stacks), mode=self.mode)
+        on = Selection(tuple(stack.name for stack in stacks), mode=self.selection.wanted.mode)
         # In one statement, which no signal splits.
         self.selection.stacks, self.selection.wanted = stacks, on
         self._settle()
 
     def _take_out(self, name: str) -> None:
         self.selection.applied = None
-        if self.resident is not None:
-            self.resident.forget(name)
         for layer in self.layers():
             layer.bank.remove(name)
 
@@ -314,12 +254,11 @@ class BrainstacksModel(BaseTuner):
                 raise ValueError(f"`weights` for {', '.join(names)} are not finite; a row would spoil all others")
             used = weights.ne(0).any(0).tolist()
             names, weights = [name for name, use in zip(names, used, strict=True) if use], weights[:, used]
-        return Selection(tuple(names), weights, mode or self.mode)
+        return Selection(tuple(names), weights, mode or self.selection.wanted.mode)
 
     def _switch_to(self, selection: Selection) -> None:
         self.selection.applied = None
-        if self.resident is not None:
-            self.resident.ensure(selection.names)
+        self._bring_into_memory(selection.names)
         for layer in self.layers():
             layer.bank.select(selection.names, selection.weights)
         self.selection.applied = selection
@@ -351,30 +290,17 @@ class BrainstacksModel(BaseTuner):
                 self.selection.wanted = before
             self._settle_if_free()
 
+    # Where a subclass holds stacks on disk
+
+    def _bring_into_memory(self, names: Sequence[str]) -> None:
+        """Have the stacks `names` in the layers' banks before they are switched on."""
+
+    def _before_attaching(self) -> None:
+        """Prepare for a stack on top of those that are attached."""
+
     def _settle_if_free(self) -> None:
-        """With a library behind the model nothing must be read from disk now: perhaps no forward will need it."""
-        if self.resident is None:
-            self._settle()
-
-    # Answers; see inference.py
-
-    @property
-    def mode(self) -> str:
-        """Which stacks are on when no one has chosen.
-
-        auto: `generate` routes every prompt if the library has a router; a plain forward has all stacks on.
-        routed: both route. ungated: all stacks on in both. base: none.
-        Reads "chosen" after `use_stacks`. The environment variable BRAINSTACKS_MODE is what a loaded library starts with.
-        """
-        return self.selection.wanted.mode
-
-    @mode.setter
-    def mode(self, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode (or BRAINSTACKS_MODE) is {mode!r}; it must be one of {', '.join(MODES)}")
-        with self.lock:
-            self.selection.wanted = self._selection([] if mode == "base" else None, mode=mode)
-            self._settle_if_free()
+        """Set the layers to what is wanted now, unless that costs more than it may be worth."""
+        self._settle()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # no lock can be compiled
@@ -385,48 +311,10 @@ class BrainstacksModel(BaseTuner):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:
             self._batch.look_at(kwargs.get("attention_mask"))
-        if self.mode != "routed":
-            return super().forward(*args, **kwargs)
-        from axolotl_brainstacks.serving import routes as inference
+        return self._compute(*args, **kwargs)
 
-        return inference.routed_forward(self, *args, **kwargs)
-
-    def generate(self, *args: Any, domains: Domains | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`, each row of the batch with the stacks of its own route.
-
-        Args:
-            domains: weights of domains instead of the router's, for all rows or one mapping a row; {} is the base model.
-
-        Raises:
-            ValueError: if `domains` names a domain without stacks, or the router does not belong to the library.
-        """
-        from axolotl_brainstacks.serving import routes as inference
-
-        return inference.generate(self, *args, domains=domains, **kwargs)
-
-    def route(
-        self, prompts: Tensor | Sequence[str], attention_mask: Tensor | None = None, tokenizer: Any = None
-    ) -> list[PromptRoute]:
-        """The router's choice for each prompt: token ids (rows, tokens), or texts and their tokenizer."""
-        from axolotl_brainstacks.serving import routes as inference
-
-        return inference.route(self, prompts, attention_mask, tokenizer)
-
-    @contextmanager
-    def routed(
-        self,
-        prompts: Tensor | Sequence[str] | None = None,
-        attention_mask: Tensor | None = None,
-        tokenizer: Any = None,
-        domains: Domains | None = None,
-    ) -> Iterator[list[PromptRoute]]:
-        """Hold the routes of these prompts, or those of `domains`, for every forward inside: one a row, or one for all."""
-        from axolotl_brainstacks.serving import routes as inference
-
-        with self.lock:
-            routes = inference.routes_for(self, prompts, attention_mask, tokenizer, domains)
-            with self.using_stacks(*inference.stack_weights(self, routes)):
-                yield routes
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -467,38 +355,3 @@ def _embedding_keys(model: nn.Module) -> set[str]:
     """What PEFT adds to the checkpoint of a model whose vocabulary was resized."""
     layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
     return {f"{name}.weight" for name, module in model.named_modules() if any(module is layer for layer in layers)}
-
-
-def attach_library(tuner: BrainstacksModel, library: Library, model_name: str) -> None:
-    """Attach all stacks of `library`, oldest first, those of a domain that is being trained again among them.
-
-    Raises:
-        ValueError: if the library was made for another base model, or one of its files is missing or altered.
-    """
-    from axolotl_brainstacks.library.base_model import BaseModelInfo
-
-    library.manifest.base.check(BaseModelInfo.of(tuner.model, model_name))
-    for entry in library.manifest.stacks:
-        config = BrainstacksConfig.of_stack(entry.name, library.stack_config(entry.name))
-        tuner.attach_stack(entry.name, entry.domain, config, library.stack_tensors(entry.name))
-
-
-def stand_for_library(model: PeftModel, adapter: str, base_model: str, library: str) -> None:
-    """Make what `save_pretrained` writes a folder that stands for `library`: without the stack in training, and without the
-    embeddings that PEFT adds where the vocabulary was resized, as no weight but a stack's comes from a library."""
-    assert isinstance(model.base_model, BrainstacksModel)
-    for layer in model.base_model.layers():
-        layer.delete_adapter(adapter)
-    model.peft_config[adapter] = library_config(base_model, library)
-    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
-
-
-def library_config(base_model: str, library: str) -> BrainstacksConfig:
-    """Config of a PEFT folder that stands for a whole library: no stack of its own, all of the library's."""
-    return BrainstacksConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        target_modules=DUMMY_TARGET_MODULES,
-        library=library,
-        inference_mode=True,
-    )
