@@ -1,6 +1,6 @@
 """The Brainstacks adapter as a PEFT tuner. Knows nothing of Axolotl: works with plain Transformers and PEFT."""
 
-# First of all: it registers our type, which imports the modules below; begun by one of them it would be a circle.
+# First of all: importing PEFT registers our type, and that imports the modules of this folder.
 import peft  # noqa: F401
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
