@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from axolotl.utils.logging import get_logger
 from torch import Tensor
 
@@ -27,15 +28,20 @@ from axolotl_brainstacks.calibration import (
 from axolotl_brainstacks.curriculum.build import TRAINED
 from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.evaluation import check_vocabulary, unpack_rows
+from axolotl_brainstacks.guarded import printable
 from axolotl_brainstacks.manifest import ConstraintRecord
 from axolotl_brainstacks.nullspace import leakage
 
 if TYPE_CHECKING:
+    from axolotl_brainstacks.adapter.model import BrainstacksModel
     from axolotl_brainstacks.curriculum.runner import CurriculumRunner
+    from axolotl_brainstacks.library import Library
 
 LOG = get_logger(__name__)
 
 Columns = dict[str, Tensor]
+# What entries of V^T V may differ by from the identity's: rounding to fp32 is a thousand times smaller.
+_ORTHONORMAL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,41 @@ def keep_out_of_others(runner: CurriculumRunner, domain: str, rules: NullSpaceAr
     union = merge_columns(other.columns for other in others if other.columns)
     runner.tuner.set_null_space(TRAINED, union)
     return union
+
+
+def check_columns(library: Library, tuner: BrainstacksModel) -> None:
+    """Read all columns that protect a domain, before anything trains against them.
+
+    Raises:
+        ValueError: for columns of a projection that carries no stack, of another size than its output, or that are not
+            orthonormal, those of earlier domains included: what is projected out would then be something else.
+    """
+    outputs = {layer.module_name: layer.out_features for layer in tuner.layers()}
+    held: Columns = {}
+    for entry in library.manifest.domains:
+        if entry.protection is not None:
+            columns = library.protection(entry.name)
+            for name, basis in columns.items():
+                if problem := _column_problem(basis, held.get(name, basis[:, :0]), outputs.get(name)):
+                    raise ValueError(
+                        f"{library.path / entry.protection.file}: the columns of {printable(name)} {problem}: {library.mend}"
+                    )
+            held = merge_columns([held, columns])
+
+
+def _column_problem(basis: Tensor, held: Tensor, outputs: int | None) -> str | None:
+    """What is wrong with a domain's columns of one projection; `held` are those of earlier domains."""
+    if outputs is None:
+        return "belong to no projection of this model that a stack is on"
+    if len(basis) != outputs:
+        return f"have {len(basis)} entries, but its output has {outputs}"
+    union = torch.cat([held, basis], dim=1).double()
+    if union.shape[1] > outputs:
+        return f"and those of earlier domains are {union.shape[1]}, more than its {outputs} outputs"
+    gram = union.T @ union
+    if not torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), rtol=0, atol=_ORTHONORMAL):
+        return "are not orthonormal, or overlap with those of earlier domains"
+    return None
 
 
 def largest_leakage(columns: Columns, tensors: dict[str, Any]) -> float:

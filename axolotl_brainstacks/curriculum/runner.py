@@ -18,6 +18,7 @@ from axolotl_brainstacks.curriculum.build import TRAINED, relative_library, tune
 from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.curriculum.forgetting import Measured, forgetting_row
 from axolotl_brainstacks.curriculum.plan import Plan
+from axolotl_brainstacks.curriculum.protection import check_columns
 from axolotl_brainstacks.curriculum.round import Round
 from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
@@ -45,6 +46,8 @@ class CurriculumRunner:
         with ExitStack() as stack:
             stack.enter_context(self.interruption.watching())
             on_main(lambda: self._open(base, stack))
+            if any(stage.block.null_space.directions for stage in self.plan.stages):
+                on_main(lambda: check_columns(self.library, self.tuner))
             for number, stage in enumerate(self.plan.stages, start=1):
                 LOG.info("Domain %s (%d of %d)", stage.name, number, len(self.plan.stages))
                 self._train_domain(stage)
