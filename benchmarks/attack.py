@@ -32,14 +32,16 @@ OUTCOMES = {
 
 def attack(count: int, seed: int) -> bool:
     """Print the table, and each variant that was neither refused nor harmless. Whether there was none."""
+    import fuzzed_answers
+    import fuzzed_files
     import fuzzing
 
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     clean = True
     print(f"| group | tried | {' | '.join(OUTCOMES.values())} |\n|{' --- |' * (len(OUTCOMES) + 2)}")
-    for group in fuzzing.ATTACKS:
-        trials = list(fuzzing.trials(group, count, seed))
+    for group, attacked in (fuzzed_files.ATTACKS | fuzzed_answers.ATTACKS).items():
+        trials = list(fuzzing.trials(group, attacked, count, seed))
         counts = Counter(trial.outcome for trial in trials)
         print(f"| {group} | {count} | {' | '.join(str(counts[outcome]) for outcome in OUTCOMES)} |", flush=True)
         for trial in trials:

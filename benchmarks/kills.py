@@ -1,130 +1,277 @@
-"""Kills a training run (SIGKILL) at random moments, saves included, and starts it again until it has finished.
+"""Kills training, or the making of a router, (SIGKILL) at random moments, saves included, and starts it again until it has
+finished.
 
-    python benchmarks/kills.py --kills 50 [--engine single|ddp|zero1|zero2|zero3] [--rl]
+    python benchmarks/kills.py --kills 50 [--engine single|ddp|zero1|zero2|zero3] [--rl | --router]
 
-With --rl the first domain has rounds of DPO and GRPO, and every kill falls into one of them. After every kill the library
-has to verify; a finished one has to equal, bit for bit, that of a run nobody disturbed.
+With --rl the first domain has rounds of DPO and GRPO, and every kill falls into one of them. With --router a trained library
+is given, half of the time one that has a router of other settings, and kills fall between the first prompt that is measured
+and the end. After every kill the library has to verify; a finished one has to equal, bit for bit, that of a run nobody
+disturbed.
 """
 
 import argparse
+import hashlib
+import json
+import os
 import re
 import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path[0] = str(Path(__file__).parents[1] / "tests")
+# As in the tests: no network, and no process of its own for every small file of data.
+os.environ |= {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "AXOLOTL_TEE_STDOUT": "0",
+    "AXOLOTL_DATASET_NUM_PROC": "0",
+}
 
 from agreement import ENGINES, with_engine  # noqa: E402
-from models import tiny_llama  # noqa: E402
+from models import chat_dataset, tiny_llama  # noqa: E402
 from preferences import pairs  # noqa: E402
-from processes import finish, start_ranks, start_train  # noqa: E402
-from test_curriculum import curriculum_config  # noqa: E402
+from processes import Command, finish, start_ranks, start_train  # noqa: E402
+from test_curriculum import curriculum_config, write_domain  # noqa: E402
 from test_grpo import rewarded  # noqa: E402
 from test_interruption import contents  # noqa: E402
 
 from axolotl_brainstacks.library import Library  # noqa: E402
+from axolotl_brainstacks.router_training.pipeline import EVALUATION  # noqa: E402
+
+# Lines of the log between which kills fall; without one, from the start, or until the end.
+BEGINS = {"rl": r"chat, round [23] starts", "router": r"Held-out prompts of `_mixed`"}
+ENDS = {"rl": r"Domain code \(2 of 2\)"}
 
 
-def start(config: dict[str, Any], engine: str, folder: Path) -> list[Any]:
-    return [start_train(config, folder)] if engine == "single" else start_ranks(config, folder)
+@dataclass(frozen=True)
+class Setting:
+    """What is killed: training of supervised rounds ("train"), of RL rounds ("rl"), or the making of a router, by an
+    engine. `libraries`: those that a router is made for, in turn; empty for training, which starts without one."""
+
+    kind: str
+    engine: str
+    config: dict[str, Any]
+    libraries: tuple[Path, ...] = ()
+
+    def start(self, folder: Path, run: int = 0) -> list[Any]:
+        """Start the command in `folder`, where its library goes; `run` chooses among `libraries`."""
+        config = self.config | {"output_dir": str(folder / "out")}
+        if self.libraries:
+            library = self.library(folder)
+            if not library.exists():
+                shutil.copytree(self.libraries[run % len(self.libraries)], library)
+            config["brainstacks"] = config["brainstacks"] | {"library": str(library)}
+        command: Command = "router" if self.kind == "router" else "train"
+        if self.engine == "single":
+            return [start_train(config, folder, command)]
+        return start_ranks(config, folder, command=command)
+
+    @staticmethod
+    def library(folder: Path) -> Path:
+        return folder / "out" / "library"
+
+    def begun(self, folder: Path) -> int:
+        """How often the part in which kills fall has begun so far."""
+        return count(BEGINS.get(self.kind), folder)
+
+    def wait_for_begin(self, processes: list[Any], folder: Path, before: int = 0) -> None:
+        """Wait until that part begins once more, or the run ends."""
+        if line := BEGINS.get(self.kind):
+            wait(processes, lambda: count(line, folder) > before)
+
+    def wait_for_end(self, processes: list[Any], folder: Path) -> None:
+        line = ENDS.get(self.kind)
+        wait(processes, lambda: count(line, folder) > 0)
+
+    def result(self, folder: Path) -> dict[str, Any]:
+        return router_contents(self.library(folder)) if self.kind == "router" else contents(self.library(folder))
 
 
-def rl_starts(folder: Path) -> int:
-    """How often a round after the first domain's supervised one has started so far."""
+def count(line: str | None, folder: Path) -> int:
+    """How often a line that matches is in the log of `folder`."""
     log = folder / "train.log"
-    return len(re.findall(r"chat, round [23] starts", log.read_text())) if log.exists() else 0
+    return len(re.findall(line, log.read_text())) if line and log.exists() else 0
 
 
-def wait_for_rl(processes: list[Any], folder: Path, before: int) -> None:
-    while rl_starts(folder) <= before and all(process.is_alive() for process in processes):
-        time.sleep(0.05)
+def wait(processes: list[Any], condition: Callable[[], bool]) -> None:
+    """Wait until `condition` is true, or a process ends."""
+    while all(process.is_alive() for process in processes) and not condition():
+        time.sleep(0.02)
 
 
-def rl_config(model: Path, folder: Path) -> dict[str, Any]:
+def supervised_setting(model: Path, folder: Path, engine: str) -> Setting:
+    config = curriculum_config(model, folder, ["chat", "code"])
+    return Setting("train", engine, with_processes(config, engine, folder))
+
+
+def rl_setting(model: Path, folder: Path, engine: str) -> Setting:
     """A supervised round, DPO, GRPO, and another domain after them."""
     config = rewarded(model, folder)
     (chat,) = config["brainstacks"]["domains"]
     dpo = {"rl": "dpo", "max_steps": 12, "learning_rate": 3e-3, **pairs(folder)}
     domains = curriculum_config(model, folder, ["chat", "code"])["brainstacks"]["domains"]
     chat = chat | {"rl_rounds": [dpo, *chat["rl_rounds"]]}
-    return config | {"brainstacks": config["brainstacks"] | {"domains": [chat, domains[1]]}}
+    config |= {"brainstacks": config["brainstacks"] | {"domains": [chat, domains[1]]}}
+    return Setting("rl", engine, with_processes(config, engine, folder))
 
 
-def moment(folder: Path, library: Path) -> str:
+def router_setting(model: Path, folder: Path, engine: str) -> Setting:
+    """Two domains with prompts enough for some seconds of discovery and of the fit."""
+    rng, names = Random(3), ["chat", "code"]
+    config = curriculum_config(model, folder, names, router={"width": 64, "epochs": 12, "mixed_pairs": 24})
+    for domain in config["brainstacks"]["domains"]:
+        rows = write_domain(folder / f"{domain['name']}-router.jsonl", domain["name"], 96, rng)
+        domain["brainstacks"] = {"router_datasets": [chat_dataset(rows)]}
+    trained = Setting("train", "single", config)
+    finish(trained.start(folder / "trained"), folder / "trained")
+    without = trained.library(folder / "trained")
+    other = config["brainstacks"]["router"] | {"width": 16, "epochs": 1}
+    earlier = config | {"brainstacks": config["brainstacks"] | {"router": other}}
+    older = Setting("router", "single", earlier, (without,))
+    finish(older.start(folder / "earlier"), folder / "earlier")
+    libraries = (without, older.library(folder / "earlier"))
+    return Setting("router", engine, with_processes(config, engine, folder), libraries)
+
+
+def with_processes(config: dict[str, Any], engine: str, folder: Path) -> dict[str, Any]:
+    if engine == "single":
+        return config
+    return with_engine(config | {"micro_batch_size": 1}, engine, folder)
+
+
+def router_contents(library: Path) -> dict[str, Any]:
+    """All files of the router and the report by hash, and what the manifest says of all but the evaluation, which counts the
+    forwards of its own run."""
+    manifest = json.loads((library / "manifest.json").read_text())
+    manifest["records"].pop(EVALUATION)
+    evaluation = json.loads((library / EVALUATION).read_text())
+    evaluation.pop("forwards")
+    files = sorted(path for folder in ("router", "report") for path in (library / folder).rglob("*") if path.is_file())
+    hashes = {str(path.relative_to(library)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    hashes.pop(EVALUATION)
+    return {"manifest": manifest, "evaluation": evaluation, "hashes": hashes}
+
+
+def moment(setting: Setting, folder: Path) -> str:
     """Where the run was when it was killed, from what it left."""
-    if not Library.exists(library):
+    path = setting.library(folder)
+    if not Library.exists(path):
         return "before the library"
-    if (library / ".tmp").exists():
+    if (path / ".tmp").exists():
         return "while the library was written"
+    if setting.kind == "router":
+        return router_moment(path)
     checkpoints = sorted((folder / "out").glob("stages/*/checkpoint-*"))
+    rounds = [record.rl for domain in Library.open(path).manifest.domains for record in domain.rounds]
+    where = (
+        {0: "round 1", 1: "DPO", 2: "GRPO"}.get(len(rounds), "the next domain") if setting.kind == "rl" else "a round"
+    )
     if any(not (checkpoint / "brainstacks_guard.json").exists() for checkpoint in checkpoints):
-        return "in a round, with its last or an unfinished checkpoint"
-    return "in a round with a checkpoint" if checkpoints else "without a checkpoint"
+        return f"in {where}, with its last or an unfinished checkpoint"
+    return f"in {where}, with a checkpoint" if checkpoints else f"in {where}, without a checkpoint"
+
+
+def router_moment(path: Path) -> str:
+    manifest = Library.open(path).manifest
+    evaluation = json.loads((path / EVALUATION).read_text()) if EVALUATION in manifest.records else {}
+    lines = sum(len((path / file).read_bytes().splitlines()) - 1 for file in manifest.records if "discovery/" in file)
+    if evaluation.get("settings", {}).get("width") == 64:
+        return "with the evaluation and the router" if manifest.router else "between the evaluation and the router"
+    if "router/prompts/_mixed.safetensors" in manifest.records and not evaluation:
+        return "in the fit or the measuring after it"
+    if evaluation:
+        return "beside a router of other settings"
+    return "in discovery" if lines else "before the first losses"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--engine", choices=["single", *ENGINES], default="single")
-    parser.add_argument("--rl", action="store_true", help="kill in rounds of DPO and GRPO alone")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; random without it")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--rl", dest="make", action="store_const", const=rl_setting, help="kill in rounds of DPO and GRPO"
+    )
+    kinds.add_argument(
+        "--router", dest="make", action="store_const", const=router_setting, help="kill brainstacks-router"
+    )
     options = parser.parse_args()
-    rng, moments, runs, leftovers = Random(options.seed), Counter[str](), 0, 0
     with TemporaryDirectory() as temporary:
-        model = tiny_llama(Path(temporary) / "model")
         quiet = Path(temporary) / "quiet"
         quiet.mkdir()
-        config = rl_config(model, quiet) if options.rl else curriculum_config(model, quiet, ["chat", "code"])
-        config |= {"micro_batch_size": 2 if options.engine == "single" else 1}
-        if options.engine != "single":
-            config = with_engine(config, options.engine, quiet)
-        for _ in range(2):  # the first one also starts what all runs are forked from, and prepares the data
-            shutil.rmtree(quiet / "out", ignore_errors=True)
-            begin = time.monotonic()
-            finish(start(config, options.engine, quiet), quiet)
-        seconds, expected = time.monotonic() - begin, contents(quiet / "out" / "library")
-        print(f"undisturbed: {seconds:.0f} s, {len(expected['hashes'])} files of tensors", flush=True)
-        while sum(moments.values()) < options.kills:
-            runs += 1
-            folder = Path(temporary) / f"run{runs}"
-            library = folder / "out" / "library"
-            own = config | {"output_dir": str(folder / "out")}
-            while True:
-                before = rl_starts(folder)
-                processes = start(own, options.engine, folder)
-                if sum(moments.values()) < options.kills:
-                    if options.rl:
-                        wait_for_rl(processes, folder, before)
-                    processes[0].join(rng.uniform(0.0 if options.rl else 0.1, 0.4 if options.rl else 1.0) * seconds)
-                killed = any(process.is_alive() for process in processes) and sum(moments.values()) < options.kills
-                if not killed:
-                    finish(processes, folder)
-                    break
-                for process in processes:
-                    process.kill()
-                for process in processes:
-                    process.join()
-                where = moment(folder, library)
-                moments[where] += 1
-                if Library.exists(library):
-                    leftovers += bool(Library.open(library).verify())
-                    with Library.open(library).writing() as opened:
-                        assert opened.verify() == [], opened.verify()
-                print(f"kill {sum(moments.values())}: {where}", flush=True)
-            assert Library.open(library).verify() == []
-            assert contents(library) == expected, f"run {runs} made another library"
-            print(f"run {runs} finished with the same library", flush=True)
+        setting = (options.make or supervised_setting)(tiny_llama(Path(temporary) / "model"), quiet, options.engine)
+        kill(setting, options.kills, Random(options.seed), Path(temporary))
+
+
+def kill(setting: Setting, kills: int, rng: Random, temporary: Path) -> None:
+    """Run, kill, check and print, `kills` times."""
+    expected, seconds = undisturbed(setting, temporary)
+    moments, runs, leftovers = Counter[str](), 0, 0
+    while moments.total() < kills:
+        runs += 1
+        folder = temporary / f"run{runs}"
+        library = setting.library(folder)
+        while True:
+            before = setting.begun(folder)
+            processes = setting.start(folder, runs)
+            if moments.total() < kills:
+                setting.wait_for_begin(processes, folder, before)
+                processes[0].join(rng.uniform(0.1 if setting.kind == "train" else 0, 1) * seconds)
+            if moments.total() == kills or not any(process.is_alive() for process in processes):
+                finish(processes, folder)
+                break
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+            where = moment(setting, folder)
+            moments[where] += 1
+            print(f"kill {moments.total()}: {where}", flush=True)
+            if Library.exists(library):
+                leftovers += bool(Library.open(library).verify())
+                with Library.open(library).writing() as opened:
+                    assert opened.verify() == [], opened.verify()
+        assert Library.open(library).verify() == []
+        assert setting.result(folder) == expected, f"run {runs} made another library"
+        print(f"run {runs} finished with the same library", flush=True)
+        shutil.rmtree(folder)
+    show(setting, moments, runs, leftovers)
+
+
+def undisturbed(setting: Setting, temporary: Path) -> tuple[dict[str, Any], float]:
+    """What a run makes that is left alone, and the seconds of the part in which kills are to fall."""
+    results, seconds = [], 0.0
+    for number in range(2):  # the first one also starts what all runs are forked from, and prepares the data
+        folder = temporary / f"undisturbed{number}"
+        processes = setting.start(folder, number)
+        setting.wait_for_begin(processes, folder)
+        begin = time.monotonic()
+        setting.wait_for_end(processes, folder)
+        seconds = time.monotonic() - begin
+        finish(processes, folder)
+        results.append(setting.result(folder))
+    assert results[0] == results[1], "two undisturbed runs make different libraries"
+    print(f"undisturbed: {seconds:.0f} s, {len(results[1]['hashes'])} files compared", flush=True)
+    return results[1], seconds
+
+
+def show(setting: Setting, moments: Counter[str], runs: int, leftovers: int) -> None:
     print(
-        f"{sum(moments.values())} kills of {options.engine} in {runs} runs, all finished with the same library, bit for bit"
+        f"\n{moments.total()} kills of {setting.kind}, {setting.engine}, in {runs} runs, all finished with the same library, bit "
+        "for bit; `verify` clean after each\n"
     )
+    print("| killed | times |\n| --- | --- |")
     for where, count in moments.most_common():
-        print(f"  {count:3d} {where}")
-    print(f"  {leftovers:3d} times `verify` named a leftover of the killed writer, which the next run removed")
+        print(f"| {where} | {count} |")
+    print(f"| (`verify` named a leftover of the killed writer, which the next writer moved aside) | {leftovers} |")
 
 
 if __name__ == "__main__":

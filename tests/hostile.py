@@ -20,7 +20,7 @@ def change_manifest(library: Path, change: Callable[[dict[str, Any]], None]) -> 
 
 
 def replace(library: Path, relative: str, data: bytes) -> None:
-    """Write a file of a stack, the router or the root, and list it as it is now."""
+    """Write a file of a stack, the router or the root, or one of the records, and list it as it is now."""
     (library / relative).write_bytes(data)
     record = record_of(data).model_dump()
 
@@ -29,7 +29,7 @@ def replace(library: Path, relative: str, data: bytes) -> None:
             for file in stack["files"]:
                 if relative == f"stacks/{stack['name']}/{file}":
                     stack["files"][file] = record
-        for files in ((manifest["router"] or {}).get("files", {}), manifest["root"]):
+        for files in ((manifest["router"] or {}).get("files", {}), manifest["root"], manifest["records"]):
             if relative in files:
                 files[relative] = record
 

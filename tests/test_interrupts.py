@@ -29,8 +29,7 @@ SHORT: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "eos_token_id"
 SEED = 15  # of a router that gives the prompts three routes, of three domains at most
 
 
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
+def small_base() -> LlamaForCausalLM:
     torch.manual_seed(11)
     model = tiny_base()
     model.model.layers = model.model.layers[:2]
@@ -38,18 +37,31 @@ def base() -> LlamaForCausalLM:
     return model
 
 
-@pytest.fixture(scope="module")
-def library(base: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library_of(base: LlamaForCausalLM, folder: Path) -> Library:
     torch.manual_seed(12)
-    made = new_library(tmp_path_factory.mktemp("interrupts") / "library", base, DOMAINS)
+    made = new_library(folder / "library", base, DOMAINS)
     random_router(DOMAINS, seed=SEED).save(made)
     return made
 
 
-@pytest.fixture(scope="module")
-def prompts() -> list[Tensor]:
+def questions() -> list[Tensor]:
     torch.manual_seed(13)
     return [prompt[None] for prompt in some_prompts(3, 8)]
+
+
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    return small_base()
+
+
+@pytest.fixture(scope="module")
+def library(base: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return library_of(base, tmp_path_factory.mktemp("interrupts"))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Tensor]:
+    return questions()
 
 
 def loaded(base: LlamaForCausalLM, library: Library) -> PeftModel:

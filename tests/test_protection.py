@@ -1,6 +1,7 @@
 """What a domain is kept out of; through the real command, measured here in float64 from the stacks' deltas."""
 
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from random import Random
@@ -12,9 +13,10 @@ from models import base_config, chat_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import train
 from routed import add_domain, new_library, random_rows, tiny_base, tuner_of
+from safetensors.torch import save
 from test_curriculum import curriculum_config, write_domain
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
@@ -24,12 +26,13 @@ from axolotl_brainstacks.calibration import merge_columns
 from axolotl_brainstacks.curriculum.build import attach_library
 from axolotl_brainstacks.curriculum.ledger import Ledger
 from axolotl_brainstacks.curriculum.plan import Plan
-from axolotl_brainstacks.curriculum.protection import keep_out_of_others
+from axolotl_brainstacks.curriculum.protection import check_columns, keep_out_of_others
 from axolotl_brainstacks.curriculum.session import Session
 from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.evaluation import unpack_rows
 from axolotl_brainstacks.library import DomainEntry, Library
 from axolotl_brainstacks.library.lora_import import import_lora
+from axolotl_brainstacks.library.storage import record_of
 
 DIRECTIONS = 2
 KEY = "base_model.model.{}.brainstacks_B.weight"
@@ -237,6 +240,65 @@ def test_columns_that_leave_no_direction_are_not_kept(tmp_path: Path) -> None:
             keep_out_of_others(session, "law", NullSpaceArgs(directions=16), 4)
         assert (library.path / "manifest.json").read_bytes() == before
         assert keep_out_of_others(session, "law", NullSpaceArgs(directions=8), 4)
+
+
+@pytest.fixture(scope="module")
+def protected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    """A library whose chat and code have columns, as law is about to train; and its base model."""
+    torch.manual_seed(0)
+    base = tiny_base()
+    library = new_library(tmp_path_factory.mktemp("protected") / "library", base, ["chat", "code"])
+    with library.writing():
+        library.add_domain(DomainEntry(name="law", base_loss=2.0))
+        keep_out_of_others(session_on(library, base), "law", NullSpaceArgs(directions=2), 4)
+    return library.path, base
+
+
+V_PROJ = "model.layers.0.self_attn.v_proj"  # 16 outputs
+ODD_COLUMNS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Tensor]], object], str]] = {
+    "another model's size": (lambda own, _: own.update({V_PROJ: torch.eye(24)[:, :2]}), "have 24 entries.*has 16"),
+    "transposed": (lambda own, _: own.update({V_PROJ: own[V_PROJ].T.contiguous()}), "have 2 entries.*has 16"),
+    "no projection": (lambda own, _: own.update({"model.layers.7.q_proj": torch.eye(16)[:, :2]}), "belong to no projection"),
+    "a module without a stack": (lambda own, _: own.update({"lm_head": torch.eye(96)[:, :2]}), "belong to no projection"),
+    "longer": (lambda own, _: own.update({V_PROJ: own[V_PROJ] * 1.01}), "are not orthonormal"),
+    "not orthogonal": (lambda own, _: own[V_PROJ].add_(own[V_PROJ].flip(1) * 0.1), "are not orthonormal"),
+    "zero": (lambda own, _: own[V_PROJ].zero_(), "are not orthonormal"),
+    "another domain's": (lambda own, other: own.update({V_PROJ: other[V_PROJ]}), "overlap with those of earlier domains"),
+    "too many": (lambda own, _: own.update({V_PROJ: torch.eye(16)}), "more than its 16 outputs"),
+    "NaN": (lambda own, _: own[V_PROJ][3].fill_(float("nan")), "no columns of numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_COLUMNS)
+def test_columns_that_do_not_fit_the_model_are_refused(
+    protected: tuple[Path, PreTrainedModel], tmp_path: Path, kind: str
+) -> None:
+    """They have their true hash, as an author would see to."""
+    library, base = Library.open(shutil.copytree(protected[0], tmp_path / "library")), protected[1]
+    tuner = session_on(library, base).tuner
+    check_columns(library, tuner)
+    change, message = ODD_COLUMNS[kind]
+    own = {name: tensor.clone() for name, tensor in library.protection("code").items()}
+    change(own, library.protection("chat"))
+    data = save({name: tensor.contiguous() for name, tensor in own.items()})
+    with library.writing():
+        fit = library.manifest.domain("code").protection
+        assert fit is not None
+        (library.path / fit.file).write_bytes(data)
+        library.update_domain("code", protection=fit.model_copy(update={"record": record_of(data)}).model_dump())
+    with pytest.raises(ValueError, match=rf"nullspace/code-.*{message}.*restore the file.*remove DOMAIN"):
+        check_columns(library, tuner)
+
+
+def test_columns_are_checked_before_anything_trains(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    library = new_library(tmp_path / "library", base, ["chat", "code"])
+    columns = {"model.layers.0.self_attn.q_proj": torch.ones(128, 2)}
+    with library.writing():
+        library.write_protection("code", columns, 0.5, 0.5, [])
+    log = train(one_domain(tiny_llama_dir, tmp_path / "law", library.path, "legal"), tmp_path, expect=1)
+    assert "are not orthonormal" in log and "nullspace/code-" in log and "round 1 starts" not in log
+    assert [domain.name for domain in Library.open(library.path).manifest.domains] == ["chat", "code"]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import with_engine
 from peft import PeftModel
 from preferences import labelled, pairs
-from processes import start_train, train, wait_for
+from processes import start_train, train, train_ranks, wait_for
 from test_curriculum import curriculum_config
 from test_interruption import contents
 from transformers import AutoModelForCausalLM
@@ -142,3 +143,18 @@ def test_stopped_and_resumed_in_an_rl_round(run: tuple[dict[str, Any], Path], li
     train(config, tmp_path)
     assert "Resuming chat, round 2" in log.read_text()
     assert contents(tmp_path / "out" / "library") == contents(library.path)
+
+
+def test_two_ranks_under_zero2_make_the_same_library_again(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = curriculum_config(tiny_llama_dir, tmp_path, ["chat"], boosting={"max_rounds": 1, "min_loss_delta": 0.0})
+    dpo = {"rl": "dpo", "max_steps": 6, "learning_rate": 3e-3, "micro_batch_size": 1, **pairs(tmp_path)}
+    config = with_engine(preferring(config, dpo, rl={"max_loss_increase": 5.0}), "zero2", tmp_path)
+    made = []
+    for name in ("once", "again"):
+        log = train_ranks(config | {"output_dir": str(tmp_path / name)}, tmp_path)
+        library = Library.open(tmp_path / name / "library")
+        made.append(contents(library.path))
+        assert "2 processes" in log and library.verify() == []
+    assert made[0] == made[1]
+    record = library.manifest.domain("chat").rounds[1]
+    assert record.rl == "dpo" and record.kept and record.objective_before == pytest.approx(math.log(2), abs=1e-6)

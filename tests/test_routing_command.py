@@ -29,6 +29,7 @@ from axolotl_brainstacks.evaluation import IGNORED
 from axolotl_brainstacks.library import DomainEntry, Library
 from axolotl_brainstacks.router.router import Router
 from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_training import pipeline as make_module
 from axolotl_brainstacks.router_training import report
 from axolotl_brainstacks.router_training.data import Sample, load_samples, split
 from axolotl_brainstacks.router_training.evaluate import CHOICES
@@ -202,6 +203,28 @@ def test_a_second_run_reads_what_the_first_one_measured(base: PreTrainedModel, t
     # Hard weights were all measured; soft ones, of at most 4 validation and 4 test prompts, are not kept.
     assert first["forwards"] > second["forwards"] <= features + 4 * 3 + 4
     assert first["losses"] == second["losses"] and first["calibration"] == second["calibration"]
+
+
+@pytest.mark.parametrize("last", ["chart", "write_report"])
+def test_a_killed_run_is_never_taken_for_a_finished_one(
+    base: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """Neither an earlier router beside the new evaluation, nor a router without its report."""
+    library, samples = new_library(tmp_path / "library", base, DOMAINS), some_samples(8)
+    make(library, meter_of(library, base), samples, epochs=1)
+    wanted = make_module.origin(library, samples, RouterArgs(**SETTINGS))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_module, last, killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(library, meter_of(library, base), samples)
+    assert made_before(Library.open(library.path), wanted) is None
+    assert library.verify() == []
+    made = make(library, meter_of(library, base), samples)
+    assert made_before(Library.open(library.path), wanted) == json.loads(json.dumps(made))
 
 
 def test_damaged_files_of_an_earlier_run(base: PreTrainedModel, tmp_path: Path) -> None:

@@ -159,6 +159,20 @@ def test_the_root_record_is_checked_at_load_and_by_verify(path: Path, load: Load
     ]
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_weights_of_the_root_that_are_no_tensors_are_named(path: Path, load: Load, listed: bool) -> None:
+    """PEFT would say only what its reader minds; a folder that trains on the library, as `output_dir`, is the same."""
+    reference = path.with_name("reference")
+    BrainstacksConfig.for_library("tiny", "../library").save_pretrained(str(reference))
+    for folder in (path, reference):
+        replace(path, WEIGHTS, b"\x08" + bytes(7) + b'{"a": 1}')
+        (reference / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes())
+        if not listed:
+            change_manifest(path, lambda manifest: manifest.update(root={}))
+        with pytest.raises(ValueError, match=rf"{folder.name}/{WEIGHTS} is damaged.*restore"):
+            load(folder)
+
+
 def test_verify_asks_that_the_root_names_its_own_folder(path: Path) -> None:
     change_config(path, "", {"library": "../elsewhere"})
     (problem,) = Library.open(path).verify()

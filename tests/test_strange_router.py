@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_refused(path: Path, value: float) -> No
     refused(path, rf"damaged[\s\S]*{key}")
 
 
-@pytest.mark.parametrize("change", ["less", "more", "half", "garbage", "shape"])
+@pytest.mark.parametrize("change", ["less", "more", "half", "garbage", "shape", "one too many", "none"])
 def test_weights_of_another_kind_are_refused(path: Path, change: str) -> None:
     tensors = load((path / WEIGHTS).read_bytes())
     if change == "less":
@@ -103,8 +103,18 @@ def test_weights_of_another_kind_are_refused(path: Path, change: str) -> None:
         tensors = {key: tensor.half() for key, tensor in tensors.items()}
     if change == "shape":
         tensors["hidden.weight"] = torch.zeros(3, 3)
+    if change in ("one too many", "none"):  # torch would read a scalar from a vector, and fail on an empty one
+        tensors["temperature"] = torch.ones(1 if change == "one too many" else 0)
     replace(path, WEIGHTS, b"no tensors" if change == "garbage" else save(tensors))
     refused(path, "damaged or was written by another version")
+
+
+def test_what_a_damaged_config_says_reaches_no_terminal(path: Path) -> None:
+    config = json.loads((path / CONFIG).read_text()) | {"\x1b[2J": 1}
+    replace(path, CONFIG, json.dumps(config).encode())
+    with pytest.raises(ValueError, match=r"\\x1b\[2J[\s\S]*run `axolotl brainstacks-router`") as caught:
+        Router.load(Library.open(path))
+    assert str(caught.value).isprintable()
 
 
 def test_a_router_of_another_model_says_so(path: Path) -> None:

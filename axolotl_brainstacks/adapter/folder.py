@@ -42,7 +42,8 @@ def check_kind(config: FolderConfig, folder: Path) -> None:
     """A stack's config has targets. One that stands for a library has none, and names its own folder if that is a library.
 
     Raises:
-        ValueError: otherwise: the model would be the base alone, have a stack that no route chooses, or another library.
+        ValueError: otherwise: the model would be the base alone, have a stack that no route chooses, or another library; also
+            when the weights beside it, which PEFT reads next, are damaged.
     """
     file, is_library = folder / CONFIG_NAME, (folder / MANIFEST).is_file()
     mend = "restore the file from a copy, or run `axolotl train` on its YAML again, which writes it anew"
@@ -61,6 +62,9 @@ def check_kind(config: FolderConfig, folder: Path) -> None:
         )
     if is_library and config.library != ".":
         raise ValueError(f"{file} lies in a library, so `library` must be '.', but is {config.library!r}: {mend}")
+    # A library's own are checked when it is attached, their hash first.
+    if not is_library and (weights := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        load_tensors(weights)
 
 
 def check_rank(config: FolderConfig, folder: Path) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.nullspace import leakage
 from axolotl_brainstacks.adapter.tensors import PREFIX
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.args import NullSpaceArgs
 from axolotl_brainstacks.calibration import (
     Calibration,
@@ -27,11 +29,15 @@ from axolotl_brainstacks.calibration import (
 from axolotl_brainstacks.curriculum.build import TRAINED
 from axolotl_brainstacks.curriculum.ledger import Protected
 from axolotl_brainstacks.curriculum.session import Session
+from axolotl_brainstacks.guarded import printable
+from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import ConstraintRecord
 
 LOG = get_logger(__name__)
 
 Columns = dict[str, Tensor]
+# What entries of V^T V may differ by from the identity's: rounding to fp32 is a thousand times smaller.
+_ORTHONORMAL = 1e-3
 
 
 def keep_out_of_others(session: Session, domain: str, rules: NullSpaceArgs, batch_size: int) -> Columns:
@@ -62,6 +68,41 @@ def keep_out_of_others(session: Session, domain: str, rules: NullSpaceArgs, batc
     union = merge_columns(other.columns for other in others if other.columns)
     session.tuner.set_null_space(TRAINED, union)
     return union
+
+
+def check_columns(library: Library, tuner: StackTuner) -> None:
+    """Read all columns that protect a domain, before anything trains against them.
+
+    Raises:
+        ValueError: for columns of a projection that carries no stack, of another size than its output, or that are not
+            orthonormal, those of earlier domains included: what is projected out would then be something else.
+    """
+    outputs = {layer.module_name: layer.out_features for layer in tuner.layers()}
+    held: Columns = {}
+    for entry in library.manifest.domains:
+        if entry.protection is not None:
+            columns = library.protection(entry.name)
+            for name, basis in columns.items():
+                if problem := _column_problem(basis, held.get(name, basis[:, :0]), outputs.get(name)):
+                    raise ValueError(
+                        f"{library.path / entry.protection.file}: the columns of {printable(name)} {problem}: {library.mend}"
+                    )
+            held = merge_columns([held, columns])
+
+
+def _column_problem(basis: Tensor, held: Tensor, outputs: int | None) -> str | None:
+    """What is wrong with a domain's columns of one projection; `held` are those of earlier domains."""
+    if outputs is None:
+        return "belong to no projection of this model that a stack is on"
+    if len(basis) != outputs:
+        return f"have {len(basis)} entries, but its output has {outputs}"
+    union = torch.cat([held, basis], dim=1).double()
+    if union.shape[1] > outputs:
+        return f"and those of earlier domains are {union.shape[1]}, more than its {outputs} outputs"
+    gram = union.T @ union
+    if not torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), rtol=0, atol=_ORTHONORMAL):
+        return "are not orthonormal, or overlap with those of earlier domains"
+    return None
 
 
 def largest_leakage(columns: Columns, tensors: dict[str, Any]) -> float:

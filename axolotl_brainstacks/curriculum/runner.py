@@ -14,11 +14,12 @@ from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.curriculum.forgetting import forgetting_row
 from axolotl_brainstacks.curriculum.ledger import Ledger
 from axolotl_brainstacks.curriculum.preflight import TrainingRun, remove_leftovers
+from axolotl_brainstacks.curriculum.protection import check_columns
 from axolotl_brainstacks.curriculum.round import Round
 from axolotl_brainstacks.curriculum.session import Session
 from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
-from axolotl_brainstacks.distributed import on_each_node
+from axolotl_brainstacks.distributed import on_each_node, on_main
 from axolotl_brainstacks.library import DomainEntry, RoundRecord
 
 LOG = get_logger(__name__)
@@ -36,6 +37,8 @@ def train_curriculum(run: TrainingRun, model: PeftModel, tokenizer: PreTrainedTo
     with interruption.watching(), Ledger.open(plan, tuner(model), run.library) as ledger:
         batch_size = int(plan.raw.get("eval_batch_size") or plan.raw["micro_batch_size"])
         session = Session(model, tuner(model), tokenizer, ledger, interruption, output_dir, batch_size)
+        if any(stage.block.null_space.directions for stage in run.stages):
+            on_main(lambda: check_columns(ledger.library, session.tuner))
         for number, domain in enumerate(run.stages, start=1):
             LOG.info("Domain %s (%d of %d)", domain.name, number, len(run.stages))
             train_domain(session, domain)

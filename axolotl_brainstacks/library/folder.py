@@ -312,7 +312,7 @@ class LibraryFolder:
 
     def _checked(self, relative: str, record: FileRecord, verify: bool = True) -> Path:
         if problem := self._problem(relative, record, verify):
-            raise ValueError(f"{problem}: {self._mend}")
+            raise ValueError(f"{problem}: {self.mend}")
         return self.path / relative
 
     def _content(self, relative: str, record: FileRecord) -> bytes:
@@ -320,10 +320,11 @@ class LibraryFolder:
         try:
             return read_checked(self.path / relative, record)
         except ValueError as error:
-            raise ValueError(f"{error}: {self._mend}") from error
+            raise ValueError(f"{error}: {self.mend}") from error
 
     @property
-    def _mend(self) -> str:
+    def mend(self) -> str:
+        """What to do about a damaged file of a domain, to end a message with."""
         return (
             "restore the file from a copy of the library, or remove its domain with "
             f"`axolotl brainstacks-library {self.path} remove DOMAIN` and train it again"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.adapter.tensors import check_values
 from axolotl_brainstacks.args import GateArgs
-from axolotl_brainstacks.guarded import folder_problem, parse_json, parse_tensors, read
+from axolotl_brainstacks.guarded import folder_problem, parse_json, parse_tensors, printable, read
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
 from axolotl_brainstacks.library.storage import json_to_bytes, problem_of, record_of, tensors_to_bytes
 from axolotl_brainstacks.router.features import MAX_TOKENS
@@ -139,7 +139,7 @@ class Router:
         # ValidationError and most others are ValueErrors; safetensors and deep JSON have their own.
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"the router of {library.path} is damaged or was written by another version ({error!r}): {mend} again"
+                f"the router of {library.path} is damaged or was written by another version ({printable(error)}): {mend} again"
             ) from error
 
     @classmethod
@@ -156,6 +156,9 @@ class Router:
         if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
             raise ValueError(f"{WEIGHTS} is not in fp32")
         router = cls.fresh(settings, seed=0)
+        wanted = {name: tensor.shape for name, tensor in router.network.state_dict().items()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != wanted:  # torch would take some other shapes too
+            raise ValueError(f"{WEIGHTS} has other tensors than a router of that shape")
         router.network.load_state_dict(tensors)
         return router
 

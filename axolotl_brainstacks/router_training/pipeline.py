@@ -142,10 +142,13 @@ def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args:
     evaluation = summary(judged, samples, found, has_floors) | context
 
     def save() -> None:
+        # A kill between these must not leave an earlier router beside this evaluation, or a router whose report is missing:
+        # the next run would take either for finished.
+        library.set_router(None)
         library.write_file(EVALUATION, json_to_bytes(evaluation))
         library.write_file(ROUTER_CHART, chart(evaluation))
-        router.save(library)
         write_report(library)
+        router.save(library)
 
     on_main(save)
     return evaluation

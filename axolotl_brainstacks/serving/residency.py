@@ -13,6 +13,7 @@ from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLayer
 from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
 from axolotl_brainstacks.adapter.tuner import StackTuner
+from axolotl_brainstacks.guarded import load_tensors
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import WEIGHTS
 from axolotl_brainstacks.library.storage import problem_of
@@ -146,7 +147,7 @@ class ResidentStacks:
 
 
 def check_root(library: Library) -> None:
-    """Raise a ValueError if a file that lets PEFT load the library as a whole is missing or altered.
+    """Raise a ValueError if a file that lets PEFT load the library as a whole is missing, altered or damaged.
 
     Libraries that were written before their manifest listed these files pass: what the files hold is checked besides.
     """
@@ -156,6 +157,8 @@ def check_root(library: Library) -> None:
                 f"{problem}: restore the file from a copy of the library, or run `axolotl train` on its YAML again, which "
                 "writes it anew"
             )
+    if (weights := library.path / WEIGHTS).is_file():
+        load_tensors(weights)  # PEFT reads it next, in its own way
 
 
 def _signature(file: Path) -> Signature | None:
