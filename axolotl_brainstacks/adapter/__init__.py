@@ -4,7 +4,7 @@
 import peft  # noqa: F401
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.model import BrainstacksModel
 
-__all__ = ["BrainstacksConfig", "BrainstacksLayer", "BrainstacksModel"]
+__all__ = ["BrainstacksConfig", "BrainstacksLinear", "BrainstacksModel"]

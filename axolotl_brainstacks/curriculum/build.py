@@ -92,7 +92,7 @@ def stack_config(cfg: DictDefault, plan: Plan) -> BrainstacksConfig:
 
 def check_targets(model: BrainstacksModel, targets: Collection[str] | str | None) -> None:
     """Raises ValueError for a named projection that the model lacks; the default's are tried on any model."""
-    wrapped = [f".{layer.module_name}" for layer in model.layers()]
+    wrapped = [f".{layer.module_name}" for layer in model.brainstacks_layers()]
     for target in () if isinstance(targets, str) else targets or ():
         if target not in PROJECTIONS and not any(name.endswith(f".{target}") for name in wrapped):
             raise ValueError(
@@ -121,7 +121,7 @@ def report_quantization(model: BrainstacksModel, cfg: DictDefault) -> None:
     if not (cfg.load_in_4bit or cfg.load_in_8bit):
         return
     bits, kind = (4, bnb.nn.Linear4bit) if cfg.load_in_4bit else (8, bnb.nn.Linear8bitLt)
-    layers = [layer.get_base_layer() for layer in model.layers()]
+    layers = [layer.get_base_layer() for layer in model.brainstacks_layers()]
     count = sum(isinstance(layer, kind) for layer in layers)
     LOG.info("%d-bit layers: %d of %d wrapped projections", bits, count, len(layers))
     if not count:
