@@ -1,5 +1,5 @@
-# make demo | make test | make lint | make bench: each first makes .venv with everything in it. PYTHON=/path picks the interpreter.
-.PHONY: install demo test lint bench
+# make demo | make test | make test-peft | make lint | make bench: each first makes .venv with everything in it. PYTHON=/path picks the interpreter.
+.PHONY: install demo test test-peft lint bench
 
 VENV := .venv
 DEMO := .demo
@@ -50,6 +50,11 @@ $(DEMO)/library/manifest.json: ;
 test: export OMP_NUM_THREADS := 1
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+# PEFT's own tests on our tuner; not part of `test`, as it takes half an hour.
+test-peft: export OMP_NUM_THREADS := 1
+test-peft: install
+	@$(VENV)/bin/python tests/peft_suite/run.py
 
 lint: install
 	$(VENV)/bin/ruff check .

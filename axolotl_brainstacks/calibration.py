@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.nullspace import RankGram, fit_directions, rest_energy
 from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.distributed import sum_over_ranks
@@ -54,7 +54,7 @@ def measure(model: PeftModel, tuner: StackTuner, calibration: Calibration, batch
     singular vectors of the B matrices.
     """
     with tuner.using_stacks(calibration.stacks):
-        layers = [layer for layer in tuner.layers() if layer.bank.active]
+        layers = [layer for layer in tuner.brainstacks_layers() if layer.bank.active]
         if calibration.rows:
             return Moments(calibration.stacks, _grams(model, tuner, layers, calibration.rows, batch_size))
         scales = {layer.module_name: layer.bank.output_scales() for layer in layers}
@@ -63,7 +63,7 @@ def measure(model: PeftModel, tuner: StackTuner, calibration: Calibration, batch
 
 @torch.no_grad()
 def _grams(
-    model: PeftModel, tuner: StackTuner, layers: list[BrainstacksLayer], rows: list[Row], batch_size: int
+    model: PeftModel, tuner: StackTuner, layers: list[BrainstacksLinear], rows: list[Row], batch_size: int
 ) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     was_training = model.training
@@ -118,7 +118,7 @@ def capacity(tuner: StackTuner, columns: dict[str, Tensor]) -> dict[str, float]:
     """
     left = {
         layer.module_name: 1 - columns[layer.module_name].shape[1] / layer.out_features
-        for layer in tuner.layers()
+        for layer in tuner.brainstacks_layers()
         if layer.module_name in columns
     }
     if full := [name for name, share in left.items() if share <= 0]:
@@ -136,11 +136,11 @@ def merge_columns(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts if name in part], dim=1) for name in names}
 
 
-def _by_layer(tuner: StackTuner, moments: Moments) -> Iterator[tuple[BrainstacksLayer, Tensor, Tensor]]:
+def _by_layer(tuner: StackTuner, moments: Moments) -> Iterator[tuple[BrainstacksLinear, Tensor, Tensor]]:
     """Each projection with its Gram matrix (R, R) and the stacks' B matrices (R, out); one copy at a time is in memory."""
     device = next(tuner.parameters()).device
     with tuner.using_stacks(moments.stacks):
-        for layer in tuner.layers():
+        for layer in tuner.brainstacks_layers():
             if layer.module_name in moments.grams:
                 outputs = layer.bank.output_matrix().to(device, torch.float32)
                 yield layer, moments.grams[layer.module_name].to(device), outputs

@@ -72,7 +72,8 @@ def kept_projection(short: bool) -> Comparison:
     model = with_stacks(smollm2()).eval()
     ids, tuner = random_ids(model), tuner_of(model)
     bases = {
-        layer.module_name: torch.linalg.qr(torch.randn(layer.out_features, COLUMNS))[0] for layer in tuner.layers()
+        layer.module_name: torch.linalg.qr(torch.randn(layer.out_features, COLUMNS))[0]
+        for layer in tuner.brainstacks_layers()
     }
 
     @torch.no_grad()

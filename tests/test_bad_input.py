@@ -25,7 +25,7 @@ from axolotl.utils.tee import close_debug_log
 from models import base_config, chat_dataset, run_axolotl, tiny_llama, write_rows
 from processes import finish, start_train, train, wait_for
 
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.library import Library
 
 # What `lora_target_linear` wrapped when the library was made.
@@ -309,11 +309,11 @@ def test_projections_that_the_model_lacks(config: dict[str, Any]) -> None:
     assert wrapped == {"q_proj", "k_proj"} | FROZEN
 
 
-def loaded(config: dict[str, Any]) -> list[BrainstacksLayer]:
+def loaded(config: dict[str, Any]) -> list[BrainstacksLinear]:
     cfg = load_cfg(DictDefault(config))
     close_debug_log()
     model, _ = ModelLoader(cfg, load_tokenizer(cfg)).load()
-    return list(model.base_model.layers())
+    return list(model.base_model.brainstacks_layers())
 
 
 def test_files_of_the_user_among_the_stacks(config: dict[str, Any]) -> None:

@@ -189,7 +189,7 @@ def test_stacks_kept_in_bf16_are_measured_loaded_and_added_to_as_such(tiny_llama
             entry = library.manifest.domain(name)
             with loaded.base_model.using_stacks(entry.context):
                 assert mean_loss(loaded, unpack_rows(library.validation(name)), 2) == loss == entry.last_loss
-    banks = [buffer for layer in loaded.base_model.layers() for buffer in layer.bank.buffers()]
+    banks = [buffer for layer in loaded.base_model.brainstacks_layers() for buffer in layer.bank.buffers()]
     assert banks and {buffer.dtype for buffer in banks} == {torch.bfloat16}
     assert library.stack_tensors("s001_chat").popitem()[1].dtype == torch.float32
     config["brainstacks"]["domains"] += curriculum_config(tiny_llama_dir, tmp_path, ["math"])["brainstacks"]["domains"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from wrapped import TINY, assert_near, layers_of, revive, wrap
 
 from axolotl_brainstacks.adapter.gating import BatchTokens, Gating, gated, top_k_gates
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 
 SHAPES = [(1, 1), (2, 1), (4, 2), (5, 3), (4, 4)]
 
@@ -188,7 +188,7 @@ def explicit_step(model: PeftModel, ids: Tensor, coef: float) -> dict[str, Tenso
     """Gradients of `task loss + coef * sum of balance losses`, the latter from the layers' own inputs, without injection."""
     losses: list[Tensor] = []
 
-    def collect(layer: BrainstacksLayer, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+    def collect(layer: BrainstacksLinear, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         n = layer.configs["default"].num_experts
         logits = inputs[0] @ layer.brainstacks_A["default"].weight[:n].T
         losses.append(reference_balance(logits, layer.configs["default"].top_k))
@@ -289,7 +289,7 @@ def test_noise_in_training_only() -> None:
 def test_statistics_are_the_mean_use_and_balance_over_training_forwards() -> None:
     model = wrap(r=2, num_experts=4, top_k=2, noisy_gate=False, balance_coef=0.1)
     model.train()
-    seen: dict[BrainstacksLayer, list[Tensor]] = {layer: [] for layer in layers_of(model)}
+    seen: dict[BrainstacksLinear, list[Tensor]] = {layer: [] for layer in layers_of(model)}
     for layer in seen:
         layer.register_forward_hook(lambda layer, x, _: seen[layer].append(x[0].detach()))
     for _ in range(3):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from wrapped import assert_near
 
-from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLayer
+from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLinear
 
 IN, OUT = 24, 40
 QUIET = {"noisy_gate": False, "balance_coef": 0.0}
@@ -58,9 +58,9 @@ def reference_delta(stack: Stack, x: Tensor) -> Tensor:
 
 def layer_with(
     base: nn.Module, frozen: Sequence[Stack], active: Stack | None = None, on: Sequence[int] | None = None
-) -> BrainstacksLayer:
+) -> BrainstacksLinear:
     """A layer whose frozen stacks are named s0, s1, ...; those of `on` are on, by default all."""
-    layer = BrainstacksLayer(base.requires_grad_(False), "layers.0.some_proj")
+    layer = BrainstacksLinear(base.requires_grad_(False), "layers.0.some_proj")
     if active is not None:
         layer.update_layer("default", active.config)
         layer.brainstacks_A["default"].weight.data = active.a.clone()
@@ -343,7 +343,7 @@ def test_frozen_stacks_may_be_kept_in_bf16_over_an_fp32_projection() -> None:
 
 
 def test_a_fresh_stack_is_the_identity_and_starts_as_the_paper_says() -> None:
-    layer = BrainstacksLayer(nn.Linear(512, OUT), "layers.0.q_proj")
+    layer = BrainstacksLinear(nn.Linear(512, OUT), "layers.0.q_proj")
     layer.update_layer("default", BrainstacksConfig(r=16, num_experts=4, **QUIET))
     x = torch.randn(2, 5, 512)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -358,7 +358,7 @@ def test_a_fresh_stack_is_the_identity_and_starts_as_the_paper_says() -> None:
 def test_a_reset_is_a_function_of_seed_and_module_name() -> None:
     def fresh(name: str, seed: int) -> Tensor:
         torch.rand(int(torch.randint(1, 9, ())))  # whatever the global generator's state
-        layer = BrainstacksLayer(nn.Linear(IN, OUT), name)
+        layer = BrainstacksLinear(nn.Linear(IN, OUT), name)
         layer.update_layer("default", BrainstacksConfig(r=2))
         layer.brainstacks_B["default"].weight.data.normal_()
         layer.reset_stack("default", seed)
@@ -405,7 +405,7 @@ def test_a_stack_of_the_wrong_shape_is_refused(which: str) -> None:
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_only_linear_modules_can_be_wrapped(module: nn.Module) -> None:
     with pytest.raises(ValueError, match=rf"wte.*{type(module).__name__}"):
-        BrainstacksLayer(module, "wte")
+        BrainstacksLinear(module, "wte")
 
 
 @pytest.mark.parametrize(

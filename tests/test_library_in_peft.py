@@ -116,3 +116,16 @@ def test_a_config_that_lost_its_folder_is_refused(base_dir: Path, library: Libra
 def test_a_library_of_another_base_model_is_refused(library: Library) -> None:
     with pytest.raises(ValueError, match="base_model"):
         PeftModel.from_pretrained(llama(), str(library.path))
+
+
+def test_transformers_own_loading_takes_a_stack_and_refuses_a_library(base_dir: Path, library: Library) -> None:
+    ids, stack = tokens(), str(library.stack_path("s002_code"))
+    expected = logits(PeftModel.from_pretrained(load_base(base_dir), stack), ids)
+    model = load_base(base_dir)
+    model.load_adapter(stack)
+    assert torch.equal(logits(model, ids), expected)
+    assert torch.equal(logits(load_base(Path(stack)), ids), expected)
+    # It would keep the base model's own `generate`, which no router reaches.
+    for load in (lambda: load_base(base_dir).load_adapter(str(library.path)), lambda: load_base(library.path)):
+        with pytest.raises(ValueError, match=r"`library`.*PeftModel\.from_pretrained"):
+            load()

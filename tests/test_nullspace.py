@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from wrapped import TINY, assert_near, freeze, layers_of, revive, tuner_of, wrap
 
-from axolotl_brainstacks.adapter import BrainstacksLayer
+from axolotl_brainstacks.adapter import BrainstacksLinear
 from axolotl_brainstacks.adapter.nullspace import RankGram, fit_directions, leakage, project_out
 from axolotl_brainstacks.calibration import (
     Calibration,
@@ -212,7 +212,7 @@ def explicit_deltas(model: PeftModel, stacks: list[str], rows: list[Row]) -> dic
     """Per projection, what the stacks add to every token, (tokens, out): each row on its own, scaled to count alike."""
     found: dict[str, list[Tensor]] = {}
 
-    def collect(layer: BrainstacksLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def collect(layer: BrainstacksLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         delta = (output - layer.base_layer(inputs[0]))[0].double()
         found.setdefault(layer.module_name, []).append(delta / len(delta) ** 0.5)
 

@@ -124,7 +124,7 @@ def test_offloaded_stacks_stay_where_they_are(pair: tuple[PeftModel, PeftModel, 
     _, offloaded, _ = pair
     assert not [name for name, _ in offloaded.named_buffers() if ".bank." in name], "DDP would broadcast them"
     offloaded.to("meta")
-    for layer in tuner_of(offloaded).layers():
+    for layer in tuner_of(offloaded).brainstacks_layers():
         assert layer.bank.names == STACKS
         assert all(matrix.device.type == "cpu" for matrix in layer.bank.matrices())
 

@@ -162,7 +162,7 @@ def test_memory_of_stacks_is_that_of_real_ones(run: tuple[dict[str, Any], Path, 
     state = sum(t.nbytes for values in optimizer.state.values() for t in values.values() if t.dim())
     assert sizes.trained_stack == sum(2 * parameter.nbytes for parameter in trained) + state
     tuner.attach_stack("s001_chat", "chat", config, tuner.export_stack(TRAINED))
-    banks = sum(buffer.nbytes for layer in tuner.layers() for buffer in layer.bank.buffers())
+    banks = sum(buffer.nbytes for layer in tuner.brainstacks_layers() for buffer in layer.bank.buffers())
     assert sizes.frozen_stack == banks
 
 

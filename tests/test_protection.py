@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.nullspace import leakage
 from axolotl_brainstacks.args import BrainstacksBlock, NullSpaceArgs
 from axolotl_brainstacks.calibration import merge_columns
@@ -51,11 +51,11 @@ def deltas_of(library: Library, domain: str) -> dict[str, Tensor]:
     model = PeftModel.from_pretrained(base, str(library.path)).eval()
     found: dict[str, list[Tensor]] = {}
 
-    def collect(layer: BrainstacksLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def collect(layer: BrainstacksLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         delta = (output - layer.base_layer(inputs[0]))[0].double()
         found.setdefault(layer.module_name, []).append(delta / len(delta) ** 0.5)
 
-    for layer in model.base_model.layers():
+    for layer in model.base_model.brainstacks_layers():
         layer.register_forward_hook(collect)
     attached = [stack.name for stack in library.manifest.stacks]
     context = [stack for stack in library.manifest.domain(domain).context if stack in attached]

@@ -31,7 +31,9 @@ def test_only_what_a_route_needs_is_read_and_only_once(model: PeftModel, library
     files = [library.manifest.stack(name).files["adapter_model.safetensors"] for name in own_stacks(library, "math")]
     assert resident.bytes_read == sum(file.bytes for file in files)
     assert sorted(resident.names) == own_stacks(library, "math")
-    assert resident.bytes == sum(b.nbytes for layer in tuner_of(model).layers() for b in layer.bank.buffers())
+    assert resident.bytes == sum(
+        b.nbytes for layer in tuner_of(model).brainstacks_layers() for b in layer.bank.buffers()
+    )
     before = resident.bytes_read
     model.generate(torch.stack(some_prompts(1, 9)), domains={"math": 0.3}, **GREEDY)
     assert resident.bytes_read == before
@@ -54,7 +56,11 @@ def test_the_least_recently_used_stacks_leave_under_a_limit(model: PeftModel, li
                       ("medical", {"chat", "medical"})):  # fmt: skip
         assert torch.equal(model.generate(ids, domains={use: 1.0}, **GREEDY), expected[use])
         assert sorted(resident.names) == own_stacks(library, *left)
-        assert resident.bytes == 2 * one == sum(b.nbytes for layer in tuner.layers() for b in layer.bank.buffers())
+        assert (
+            resident.bytes
+            == 2 * one
+            == sum(b.nbytes for layer in tuner.brainstacks_layers() for b in layer.bank.buffers())
+        )
     assert torch.equal(model.generate(ids, domains={"math": 1.0, "chat": 1.0}, **GREEDY), together)
     with pytest.raises(ValueError, match=f"max_resident_bytes is {2 * one}.*take {3 * one}"):
         model.generate(ids, domains={"math": 1.0, "chat": 1.0, "code": 1.0}, **GREEDY)
@@ -104,7 +110,7 @@ def test_memory_does_not_grow_with_the_domains_on_disk(
             model.generate(ids, domains={domain: 1.0}, **GREEDY)
         resident = tuner_of(model).resident
         assert resident is not None
-        buffers = sum(b.nbytes for layer in tuner_of(model).layers() for b in layer.bank.buffers())
+        buffers = sum(b.nbytes for layer in tuner_of(model).brainstacks_layers() for b in layer.bank.buffers())
         assert resident.peak_bytes == resident.bytes == buffers
         peaks.append(resident.peak_bytes)
         read.append(resident.bytes_read)

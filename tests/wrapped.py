@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLayer
+from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLinear
 from axolotl_brainstacks.serving.model import BrainstacksModel
 
 TINY: dict[str, Any] = {
@@ -54,8 +54,8 @@ def tuner_of(model: PeftModel) -> BrainstacksModel:
     return model.base_model
 
 
-def layers_of(model: PeftModel) -> list[BrainstacksLayer]:
-    return list(tuner_of(model).layers())
+def layers_of(model: PeftModel) -> list[BrainstacksLinear]:
+    return list(tuner_of(model).brainstacks_layers())
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
 import peft  # noqa: F401
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.tuner import StackTuner
 
-__all__ = ["BrainstacksConfig", "BrainstacksLayer", "StackTuner"]
+__all__ = ["BrainstacksConfig", "BrainstacksLinear", "StackTuner"]

@@ -132,7 +132,7 @@ class BankSegment(nn.Module):
         """Where the stacks of `on` are, in the order of their places."""
         return sorted((i for i, name in enumerate(self.names) if name in on), key=lambda i: self.places[i])
 
-    @torch.inference_mode(False)  # as in BrainstacksLayer.hold
+    @torch.inference_mode(False)  # as in BrainstacksLinear.hold
     def arranged(self, on: Sequence[str]) -> BankSegment:
         """This segment if the stacks of `on` are neighbours in it, in the order of their places; else one in which they are.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES
+from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.peft_types import PeftType
 
 from axolotl_brainstacks.adapter.folder import check_kind, check_rank, fetch_library
@@ -24,7 +24,8 @@ class BrainstacksConfig(PeftConfig):
     or the one on top of the other.
 
     Raises:
-        ValueError: if a value is of a wrong type, or a rank, expert count, top-k, scale or coefficient is out of range.
+        ValueError: if a value is of a wrong type, or a rank, expert count, top-k, scale or coefficient is out of range; if
+            layers are chosen where PEFT could not heed it; or if `modules_to_save` is set on a library.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of each expert."})
@@ -39,6 +40,10 @@ class BrainstacksConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Projections to leave alone."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to wrap."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Other modules to train in full and save, such as a classifier; impossible with `library`."},
+    )
     library: str | None = field(
         default=None, metadata={"help": "Library of frozen stacks; a relative path counts from this config's folder."}
     )
@@ -68,10 +73,45 @@ class BrainstacksConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             self._names(name, str)
         self._names("layers_to_transform", int)
+        self._check_layer_choice()
+        self._check_modules_to_save()
         for name in ("library", "base_model_name_or_path", "revision"):
             self._typed(name, str | None)
         if isinstance(self.target_modules, list):
             self.target_modules = sorted(set(self.target_modules))
+
+    def _check_layer_choice(self) -> None:
+        """PEFT ignores layers beside a regular expression, and a pattern without layers."""
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"Brainstacks: `{name}` cannot be used when `target_modules` is a str, the regular expression "
+                        f"{self.target_modules!r}: name the layers in it, or list the modules"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "Brainstacks: When `layers_pattern` is specified, `layers_to_transform` must also be specified. It says "
+                f"which of {self.layers_pattern!r} are wrapped"
+            )
+
+    def _check_modules_to_save(self) -> None:
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"Brainstacks: modules_to_save is {self.modules_to_save!r}; it must be a list of names")
+        self._names("modules_to_save", str)
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)  # PEFT appends the heads of a classifier
+        self.check_library_alone()
+
+    def check_library_alone(self) -> None:
+        """Raises ValueError if modules of the base model are to be trained beside a library, whose stacks were trained on the
+        base model as it is."""
+        if self.library is not None and self.modules_to_save:
+            raise ValueError(
+                f"Brainstacks: modules_to_save is {self.modules_to_save!r}, but `library` is {self.library!r}, whose stacks "
+                "need the base model as it is: leave one of them out (PEFT sets modules_to_save itself for the task types "
+                "SEQ_CLS, TOKEN_CLS and QUESTION_ANS)"
+            )
 
     def _typed(self, name: str, kind: Any) -> Any:
         value = getattr(self, name)
@@ -118,6 +158,11 @@ class BrainstacksConfig(PeftConfig):
         if not isinstance(values, Mapping) or values.get("peft_type") != "BRAINSTACKS" or values.get("library"):
             raise ValueError(
                 f"Stack {name}: its {CONFIG_NAME} is none of a stack: restore it from a copy of the library"
+            )
+        if values.get("modules_to_save"):
+            raise ValueError(
+                f"Stack {name}: `modules_to_save` in its {CONFIG_NAME} is {values['modules_to_save']!r}, but a library holds "
+                "stacks only: train without it"
             )
         try:
             return cls(**{key: value for key, value in values.items() if key in known})

@@ -94,7 +94,11 @@ def multiply_add(y: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
     """``y + z @ matrix`` in the dtype of `y` (..., out), in one pass over it where the dtypes agree: matrix (ranks, out)."""
     if y.dtype != z.dtype or torch.is_autocast_enabled(y.device.type):
         return y + (z @ matrix).to(y.dtype)
-    return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), matrix).view(y.shape)
+    rows, ranks = (
+        y.reshape(-1, y.shape[-1]),
+        z.reshape(-1, z.shape[-1]),
+    )  # one token may come without a dimension for it
+    return torch.addmm(rows, ranks, matrix).view(y.shape)
 
 
 def _gate(

@@ -37,7 +37,7 @@ class OutputProjection(nn.Linear):
         return multiply_add(y, z, self.effective_weight().to(z.dtype).T)
 
 
-class BrainstacksLayer(nn.Module, BaseTunerLayer):
+class BrainstacksLinear(nn.Module, BaseTunerLayer):
     """``y = W x + sum_frozen delta(x) + delta_active(x)`` over any linear module (arXiv 2604.01152,
     MoE-LoRA building block).
 
@@ -66,6 +66,7 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         self.bank = StackBank()
         self.frozen_dtype: torch.dtype | None = None
         self.batch = BatchTokens()
+        self.cast_input_dtype_enabled = True  # see peft.helpers.disable_input_dtype_casting
         # A micro-batch's share in the optimiser step: the trainer's loss is divided likewise.
         self.balance_scale = 1.0
         # Sums over training forwards: expert use (experts), balance loss, number of forwards. To be reset with `zero_`:
@@ -82,7 +83,8 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         self.brainstacks_B[adapter_name] = OutputProjection(ranks, self.out_features)
         self.statistics = None
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.reset_stack(adapter_name, torch.initial_seed())
+        # From the global generator: no two adapters of a process begin alike, and `torch.manual_seed` repeats them.
+        self.reset_stack(adapter_name, int(torch.randint(2**62, (), device="cpu")))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def trained(self, adapter_name: str) -> tuple[nn.Linear, OutputProjection]:
@@ -191,8 +193,9 @@ class BrainstacksLayer(nn.Module, BaseTunerLayer):
         shape, config = self.shapes[name], self.configs[name]
         a, b = self.trained(name)
         h = a(self._cast_input_dtype(self.dropouts[name](x), a.weight.dtype))
-        # Not in the reference passes of DPO, nor in the first pass of reentrant checkpointing: no gradient, no count.
-        counting = self.training and config.balance_coef and torch.is_grad_enabled()
+        # Not in the reference passes of DPO, nor in the first pass of reentrant checkpointing: no gradient, no count. Nor
+        # without tokens, as in an expert of the base model that a batch does not use.
+        counting = self.training and config.balance_coef and torch.is_grad_enabled() and x.numel() > 0
         gating = Gating(
             shape.num_experts,
             shape.r,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import _get_submodules
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.gating import BatchTokens
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.offload import Offload
 from axolotl_brainstacks.adapter.selection import FrozenStack, ModelLock, Selection, SelectionState
 from axolotl_brainstacks.adapter.tensors import check_values, is_stack_key, stack_pairs, stack_tensors
@@ -40,7 +42,7 @@ class StackTuner(BaseTuner):
     """
 
     prefix: str = "brainstacks_"
-    tuner_layer_cls = BrainstacksLayer
+    tuner_layer_cls = BrainstacksLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -50,17 +52,29 @@ class StackTuner(BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
-        if not key.startswith(self._language_model_prefix()):
+        assert isinstance(peft_config, BrainstacksConfig)
+        found = super()._check_target_module_exists(peft_config, key)
+        if found and not key.startswith(self._language_model_prefixes()):
+            self._left_out.append(key)
             return False
-        return super()._check_target_module_exists(peft_config, key)
+        whole_names = () if isinstance(peft_config.target_modules, str) else peft_config.target_modules or ()
+        if found and peft_config.layers_to_transform is not None and key in whole_names:
+            # PEFT heeds the choice of layers for the ends of names only, not for whole ones, which "all-linear" becomes.
+            by_end = copy.copy(peft_config)
+            by_end.target_modules = [key.rpartition(".")[2]]
+            return "." in key and super()._check_target_module_exists(by_end, key)
+        return found
 
-    def _language_model_prefix(self) -> str:
-        """Path of the text decoder in a multimodal model, whose vision and audio towers must stay as they are."""
+    def _language_model_prefixes(self) -> tuple[str, ...]:
+        """Paths of a composite model's parts that read or write text; its vision and audio towers must stay as they are."""
         config = getattr(self.model, "config", None)
         if config is None or not hasattr(config, "get_text_config") or config.get_text_config() is config:
-            return ""
-        decoder = self.model.get_decoder()
-        return next((name + "." for name, module in self.model.named_modules() if module is decoder and name), "")
+            return ("",)
+        parts = [self.model.get_decoder()]
+        if config.is_encoder_decoder and getattr(self.model.get_encoder(), "main_input_name", "") == "input_ids":
+            parts.append(self.model.get_encoder())
+        paths = [f"{name}." for name, module in self.model.named_modules() if name and module in parts]
+        return tuple(paths) or ("",)
 
     def _create_and_replace(
         self,
@@ -75,17 +89,17 @@ class StackTuner(BaseTuner):
         assert isinstance(peft_config, BrainstacksConfig)
         self._wrapped(current_key).update_layer(adapter_name, peft_config)
 
-    def _wrapped(self, module_name: str) -> BrainstacksLayer:
+    def _wrapped(self, module_name: str) -> BrainstacksLinear:
         """The layer around `module_name`, made if it is not there yet."""
         parent, target, target_name = _get_submodules(self.model, module_name)
-        if isinstance(target, BrainstacksLayer):
+        if isinstance(target, BrainstacksLinear):
             if target.batch is not self._batch:
                 raise ValueError(
                     f"The base model's {module_name} carries Brainstacks already, of another PeftModel or of a load that "
                     "failed: load the base model again"
                 )
             return target
-        layer = BrainstacksLayer(target, module_name)
+        layer = BrainstacksLinear(target, module_name)
         layer._active_adapter = self.active_adapter
         layer.batch = self._batch
         if self._offload is not None:
@@ -104,6 +118,22 @@ class StackTuner(BaseTuner):
         self._frozen_dtype: torch.dtype | None = None
         self._settling: RemovableHandle | None = None
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, BrainstacksConfig)
+        config.check_library_alone()
+        self._left_out: list[str] = []
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            if not self._left_out:
+                raise
+            raise NoMatchingPeftModuleError(
+                f"`target_modules` is {config.target_modules!r}, which matches modules outside of the language model only, "
+                f"such as {self._left_out[0]!r}, but stacks wrap the language model alone: name modules of "
+                f"{' or '.join(prefix.rstrip('.') for prefix in self._language_model_prefixes())}"
+            ) from error
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         base = super()._unload_and_optionally_merge(*args, **kwargs)
         if self._settling is not None:
@@ -120,8 +150,10 @@ class StackTuner(BaseTuner):
             ValueError: for a tensor that belongs to no stack.
         """
         if foreign := [key for key in state_dict if not is_stack_key(key)]:
-            embeddings = _embedding_keys(model) if not config.inference_mode else set()
-            if unknown := [key for key in foreign if key not in embeddings]:
+            known = _saved_module_keys(model, adapter_name)
+            if not config.inference_mode:
+                known |= _embedding_keys(model)
+            if unknown := [key for key in foreign if key not in known]:
                 raise ValueError(
                     f"The adapter's weights hold {unknown[0]!r}, which is no tensor of a stack and would replace a weight "
                     "of the base model: restore the file from a copy"
@@ -137,9 +169,9 @@ class StackTuner(BaseTuner):
 
     # Frozen stacks
 
-    def layers(self) -> Iterator[BrainstacksLayer]:
+    def brainstacks_layers(self) -> Iterator[BrainstacksLinear]:
         """Every wrapped projection, in the model's order."""
-        return (module for module in self.model.modules() if isinstance(module, BrainstacksLayer))
+        return (module for module in self.model.modules() if isinstance(module, BrainstacksLinear))
 
     @property
     def stacks(self) -> list[FrozenStack]:
@@ -154,7 +186,7 @@ class StackTuner(BaseTuner):
         """
         self._check_none_is_held("offload_frozen")
         self._offload = Offload()
-        for layer in self.layers():
+        for layer in self.brainstacks_layers():
             layer.offload_frozen(self._offload)
 
     def keep_frozen_as(self, dtype: FrozenDtype) -> None:
@@ -165,11 +197,11 @@ class StackTuner(BaseTuner):
         """
         self._check_none_is_held("keep_frozen_as")
         self._frozen_dtype = None if dtype is None else getattr(torch, dtype)
-        for layer in self.layers():
+        for layer in self.brainstacks_layers():
             layer.frozen_dtype = self._frozen_dtype
 
     def _check_none_is_held(self, method: str) -> None:
-        if any(layer.bank.names for layer in self.layers()):
+        if any(layer.bank.names for layer in self.brainstacks_layers()):
             raise ValueError(
                 f"Call `{method}` before any stack is in memory: before the first forward or attached stack"
             )
@@ -191,13 +223,13 @@ class StackTuner(BaseTuner):
             self._take_out(name)  # what an interrupted call has left
             try:
                 for module_name, (a, b) in pairs.items():
-                    self.projection(name, module_name).attach(name, config, a, b)
+                    self.projection_of(name, module_name).attach(name, config, a, b)
             except BaseException:
                 self._take_out(name)
                 raise
             self._now_attached((*self.stacks, FrozenStack(name, domain)))
 
-    def projection(self, stack: str, module_name: str) -> BrainstacksLayer:
+    def projection_of(self, stack: str, module_name: str) -> BrainstacksLinear:
         """The wrapped projection that a stack covers. Raises ValueError if the model has none of that name."""
         try:
             return self._wrapped(module_name)
@@ -219,7 +251,7 @@ class StackTuner(BaseTuner):
 
     def _take_out(self, name: str) -> None:
         self.selection.applied = None
-        for layer in self.layers():
+        for layer in self.brainstacks_layers():
             layer.bank.remove(name)
 
     def use_stacks(self, names: Sequence[str] | None, weights: Tensor | None = None) -> None:
@@ -259,7 +291,7 @@ class StackTuner(BaseTuner):
     def _switch_to(self, selection: Selection) -> None:
         self.selection.applied = None
         self._bring_into_memory(selection.names)
-        for layer in self.layers():
+        for layer in self.brainstacks_layers():
             layer.bank.select(selection.names, selection.weights)
         self.selection.applied = selection
 
@@ -331,7 +363,7 @@ class StackTuner(BaseTuner):
 
     def reset_stack(self, adapter_name: str, seed: int) -> None:
         """Make the trainable stack fresh again, the identity."""
-        for layer in self.layers():
+        for layer in self.brainstacks_layers():
             if adapter_name in layer.shapes:
                 layer.reset_stack(adapter_name, seed)
 
@@ -340,12 +372,12 @@ class StackTuner(BaseTuner):
 
         Every rank must call this: sharded parameters are gathered one projection at a time.
         """
-        layers = [layer for layer in self.layers() if adapter_name in layer.shapes]
+        layers = [layer for layer in self.brainstacks_layers() if adapter_name in layer.shapes]
         return stack_tensors({layer.module_name: layer.export_stack(adapter_name) for layer in layers})
 
     def set_null_space(self, adapter_name: str, bases: Mapping[str, Tensor]) -> None:
         """Keep the trainable stack off the columns of `bases`: module name -> (out, d). Others are unconstrained."""
-        for layer in self.layers():
+        for layer in self.brainstacks_layers():
             if adapter_name in layer.shapes:
                 basis, (a, b) = bases.get(layer.module_name), layer.trained(adapter_name)
                 b.basis = None if basis is None else basis.to(a.weight.device, torch.float32)
@@ -355,3 +387,13 @@ def _embedding_keys(model: nn.Module) -> set[str]:
     """What PEFT adds to the checkpoint of a model whose vocabulary was resized."""
     layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
     return {f"{name}.weight" for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def _saved_module_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """Names of the tensors of `modules_to_save`, each a copy beside the module of the base model."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name).values()
+    }

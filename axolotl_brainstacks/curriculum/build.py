@@ -94,7 +94,7 @@ def stack_config(cfg: DictDefault, plan: Plan) -> BrainstacksConfig:
 
 def check_targets(model: StackTuner, targets: Collection[str] | str | None) -> None:
     """Raises ValueError for a named projection that the model lacks; the default's are tried on any model."""
-    wrapped = [f".{layer.module_name}" for layer in model.layers()]
+    wrapped = [f".{layer.module_name}" for layer in model.brainstacks_layers()]
     for target in () if isinstance(targets, str) else targets or ():
         if target not in PROJECTIONS and not any(name.endswith(f".{target}") for name in wrapped):
             raise ValueError(
@@ -118,7 +118,7 @@ def attach_library(tuner: StackTuner, library: Library, model_name: str) -> None
 def stand_for_library(model: PeftModel, adapter: str, base_model: str, library: str) -> None:
     """Make what `save_pretrained` writes a folder that stands for `library`: without the stack in training, and without the
     embeddings that PEFT adds where the vocabulary was resized, as no weight but a stack's comes from a library."""
-    for layer in tuner(model).layers():
+    for layer in tuner(model).brainstacks_layers():
         layer.delete_adapter(adapter)
     model.peft_config[adapter] = BrainstacksConfig.for_library(base_model, library)
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
@@ -139,7 +139,7 @@ def report_quantization(model: StackTuner, cfg: DictDefault) -> None:
     if not (cfg.load_in_4bit or cfg.load_in_8bit):
         return
     bits, kind = (4, bnb.nn.Linear4bit) if cfg.load_in_4bit else (8, bnb.nn.Linear8bitLt)
-    layers = [layer.get_base_layer() for layer in model.layers()]
+    layers = [layer.get_base_layer() for layer in model.brainstacks_layers()]
     count = sum(isinstance(layer, kind) for layer in layers)
     LOG.info("%d-bit layers: %d of %d wrapped projections", bits, count, len(layers))
     if not count:

@@ -25,14 +25,14 @@ def name_metrics(trainer: Trainer, tuner: StackTuner, domain: str, round_number:
         )
 
     setattr(handler, "on_log", on_log)  # noqa: B010
-    for layer in tuner.layers():
+    for layer in tuner.brainstacks_layers():
         layer.balance_scale = 1.0 / trainer.args.gradient_accumulation_steps
         layer.statistics = None
 
 
 def gate_metrics(tuner: StackTuner) -> dict[str, float]:
     """Load balance since the last call: mean loss (top_k is perfect), and the least and most used expert of any projection."""
-    counters = [layer.statistics for layer in tuner.layers() if layer.statistics is not None]
+    counters = [layer.statistics for layer in tuner.brainstacks_layers() if layer.statistics is not None]
     if not counters:
         return {}
     sums = torch.stack([counter.cpu() for counter in counters])

@@ -77,7 +77,7 @@ def check_columns(library: Library, tuner: StackTuner) -> None:
         ValueError: for columns of a projection that carries no stack, of another size than its output, or that are not
             orthonormal, those of earlier domains included: what is projected out would then be something else.
     """
-    outputs = {layer.module_name: layer.out_features for layer in tuner.layers()}
+    outputs = {layer.module_name: layer.out_features for layer in tuner.brainstacks_layers()}
     held: Columns = {}
     for entry in library.manifest.domains:
         if entry.protection is not None:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.tensors import stack_tensors
 from axolotl_brainstacks.curriculum.build import TRAINED, stack_config, tuner
 
@@ -37,7 +37,7 @@ class Sizes:
     """Sizes of stacks on one base model; all results are bytes."""
 
     base: int
-    layers: Sequence[BrainstacksLayer]
+    layers: Sequence[BrainstacksLinear]
     optimizer: str
 
     @classmethod
@@ -52,7 +52,7 @@ class Sizes:
         with torch.device("meta"):
             wrapped = tuner(get_peft_model(model, stack_config(cfg, plan)))
         wrapped.keep_frozen_as(plan.block.frozen_dtype)
-        return cls(base, list(wrapped.layers()), str(cfg.optimizer))
+        return cls(base, list(wrapped.brainstacks_layers()), str(cfg.optimizer))
 
     @cached_property
     def stack_file(self) -> int:
@@ -76,7 +76,7 @@ class Sizes:
         return FP32 * sum(layer.out_features * min(directions, layer.out_features) for layer in self.layers)
 
 
-def _weights(layer: BrainstacksLayer) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(layer: BrainstacksLinear) -> tuple[torch.Tensor, torch.Tensor]:
     a, b = layer.trained(TRAINED)
     return a.weight, b.weight
 

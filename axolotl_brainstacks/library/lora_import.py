@@ -278,7 +278,7 @@ def _try_on(
 ) -> None:
     """Raises ValueError when a projection is not in the model, is none that stacks wrap, or has another shape."""
     tuner = StackTuner(model, BrainstacksConfig(target_modules=DUMMY_TARGET_MODULES), "default")
-    prefix = tuner._language_model_prefix()
-    if outside := [module_name for module_name in pairs if not module_name.startswith(prefix)]:
+    prefixes = tuner._language_model_prefixes()
+    if outside := [module_name for module_name in pairs if not module_name.startswith(prefixes)]:
         raise ValueError(f"Domain {name}: {outside[0]} lies outside the language model, where stacks cover nothing")
     tuner.attach_stack(name, name, config, tensors)

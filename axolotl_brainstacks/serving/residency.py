@@ -10,7 +10,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.adapter.bank import StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.layer import BrainstacksLayer
+from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
 from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.guarded import load_tensors
@@ -26,7 +26,7 @@ Signature = tuple[int, int, int, int, int]
 class _Part:
     """One projection of a stack. `tensors` holds no data: its a and b are on the meta device."""
 
-    layer: BrainstacksLayer
+    layer: BrainstacksLinear
     tensors: StackTensors
 
 
@@ -57,13 +57,13 @@ class ResidentStacks:
         # Whether an exchange has begun and not ended: what the banks hold is unknown then.
         self._torn = False
         self._parts: dict[str, list[_Part]] = {}
-        last: dict[BrainstacksLayer, StackTensors] = {}
+        last: dict[BrainstacksLinear, StackTensors] = {}
         for place, entry in enumerate(self.manifest.active_stacks):
             config = BrainstacksConfig.of_stack(entry.name, library.stack_config(entry.name))
             pairs = stack_pairs(entry.name, library.stack_tensors(entry.name, verify=False))
             self._parts[entry.name] = []
             for module_name, (a, b) in pairs.items():
-                layer = tuner.projection(entry.name, module_name)
+                layer = tuner.projection_of(entry.name, module_name)
                 shape, before = layer.stack_shape(entry.name, config, a, b), last.get(layer)
                 segment = 0 if before is None else before.segment + (before.shape != shape)
                 last[layer] = StackTensors(entry.name, shape, a.to("meta"), b.to("meta"), segment, place)
@@ -111,7 +111,7 @@ class ResidentStacks:
         return sum(part.layer.bank_bytes(part.tensors.shape) for part in self._parts[name])
 
     def _exchange(self, gone: Sequence[str], new: Sequence[str], used: dict[str, int]) -> None:
-        coming: dict[BrainstacksLayer, list[StackTensors]] = {}
+        coming: dict[BrainstacksLinear, list[StackTensors]] = {}
         for name, pairs in {name: self._read(name) for name in new}.items():
             for part in self._parts[name]:
                 a, b = pairs[part.layer.module_name]

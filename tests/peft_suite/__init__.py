@@ -1,0 +1,1 @@
+"""PEFT's own test suite, run on our tuner: `make test-peft`."""
