@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS
-from axolotl_brainstacks.router_training import router
+from axolotl_brainstacks.router import router
 
 DOMAINS = ["chat", "code"]
 ATTACKED, SPARED = DOMAINS

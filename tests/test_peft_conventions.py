@@ -33,7 +33,8 @@ from transformers import (
 )
 from wrapped import layers_of, llama, revive, tokens, tuner_of, wrap
 
-from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLinear, BrainstacksModel
+from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLinear
+from axolotl_brainstacks.serving.model import BrainstacksModel
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 
