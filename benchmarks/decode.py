@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.names import FrozenDtype, RouterArgs
+from axolotl_brainstacks.args import RouterArgs
+from axolotl_brainstacks.names import FrozenDtype
 from axolotl_brainstacks.router.router import Router, RouterConfig
 
 DOMAINS = ["chat", "code", "math", "medical"]

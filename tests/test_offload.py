@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from wrapped import freeze, layers_of, llama, tuner_of, wrap
 
-from axolotl_brainstacks.adapter import model as tuner_module
+from axolotl_brainstacks.adapter import tuner as tuner_module
 from axolotl_brainstacks.adapter.bank import StackTensors
 from axolotl_brainstacks.adapter.offload import Offload, _Copy, _key
 
