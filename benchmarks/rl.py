@@ -25,6 +25,7 @@ sys.path[0] = str(Path(__file__).parents[1] / "tests")
 sys.path.insert(1, str(Path(__file__).parents[1] / "example_configs"))
 
 from agreement import with_engine  # noqa: E402
+from demo_domains import load_reasoning_gym  # noqa: E402
 from models import base_config, chat_dataset  # noqa: E402
 from preferences import PAIRS  # noqa: E402
 from prepare_demo import prepare_data, prepare_model  # noqa: E402
@@ -134,9 +135,7 @@ def preferred(base: Path, library: Library, domain: str, folder: Path, without_r
 
 
 def sums(size: int, seed: int) -> list[dict[str, str]]:
-    import reasoning_gym
-
-    made = reasoning_gym.create_dataset(
+    made = load_reasoning_gym().create_dataset(
         "chain_sum", size=size, seed=seed, min_terms=2, max_terms=3, min_digits=1, max_digits=2
     )
     return [{"question": item["question"], "answer": item["answer"]} for item in made]

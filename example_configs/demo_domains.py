@@ -2,11 +2,14 @@
 
 import ast
 import re
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from types import ModuleType
 from typing import Any
 
 SEED = 2604
@@ -44,10 +47,18 @@ def chat() -> Iterator[Pair]:
                 yield from pairwise(map(str, turns))
 
 
-def puzzles(name: str, size: int, **config: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(question, answer, metadata) of a reasoning-gym generator."""
+def load_reasoning_gym() -> Any:
+    """The package; its logic puzzles alone need pycosat, a solver in C, so that it loads without."""
+    if find_spec("pycosat") is None:
+        sys.modules["pycosat"] = ModuleType("pycosat")
     import reasoning_gym
 
+    return reasoning_gym
+
+
+def puzzles(name: str, size: int, **config: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(question, answer, metadata) of a reasoning-gym generator."""
+    reasoning_gym = load_reasoning_gym()
     for item in reasoning_gym.create_dataset(name, size=size, seed=SEED, **config):
         yield item["question"], item["answer"], item["metadata"]
 

@@ -6,8 +6,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from random import Random
 
+import pytest
 import yaml
 from models import base_config, chat_dataset, run_axolotl, write_rows
+
+from axolotl_brainstacks.plugin import check_axolotl
 
 # Put on PYTHONPATH as sitecustomize, so that it runs first in every process of a command.
 HIDE = """
@@ -102,3 +105,11 @@ def test_help_lists_our_commands_and_stays_light(tmp_path: Path) -> None:
         {"axolotl_brainstacks", "axolotl_brainstacks.cli", "axolotl_brainstacks.guarded"},
         False,
     )
+
+
+@pytest.mark.parametrize("release", ["0.20.3", "0.22.0", "1.0", "0.9.1.dev0"])
+def test_another_axolotl_is_named_with_the_one_to_install(release: str) -> None:
+    check_axolotl("0.21.0")
+    check_axolotl("0.21.1.dev0")
+    with pytest.raises(ValueError, match=rf"Axolotl {release} is installed.*pip install .axolotl>=0\.21,<0\.22"):
+        check_axolotl(release)
