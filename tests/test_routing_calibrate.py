@@ -1,6 +1,7 @@
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Row
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.thresholds import gate
-from axolotl_brainstacks.router_training.calibrate import KINDS, THRESHOLDS, calibrate, gate_losses
+from axolotl_brainstacks.router_training.calibrate import KINDS, THRESHOLDS, calibrate, clearly_lower, gate_losses
 from axolotl_brainstacks.router_training.discovery import Found, discover
 from axolotl_brainstacks.router_training.measure import Meter
 
@@ -46,7 +47,7 @@ def plain_losses(meter: Meter, rows: list[Row], weights: Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("floors", [{}, {"chat": 0.2, "math": 0.4}])
-def test_the_calibrated_gate_answers_validation_prompts_best(
+def test_the_calibrated_gate_answers_validation_prompts_clearly_better(
     library: tuple[Library, Meter], floors: dict[str, float]
 ) -> None:
     meter, rows = library[1], random_rows(12, Random(1))
@@ -60,7 +61,14 @@ def test_the_calibrated_gate_answers_validation_prompts_best(
             weights, _ = gate(probabilities, DOMAINS, args.gate(kind, threshold))
             expected[threshold, kind] = sum(plain_losses(meter, rows, weights)) / 12
     assert {(t["gate_threshold"], t["weights"]): t["loss"] for t in tried} == pytest.approx(expected, abs=1e-4)
-    best = min(expected, key=lambda pair: expected[pair])
+    per_prompt = {
+        (threshold, kind): plain_losses(meter, rows, gate(probabilities, DOMAINS, args.gate(kind, threshold))[0])
+        for threshold, kind in expected
+    }
+    gains = {pair: np.subtract(per_prompt[0.37, "soft"], losses) for pair, losses in per_prompt.items()}
+    clear = [pair for pair, gain in gains.items() if gain.mean() > gain.std(ddof=1) / 12**0.5]
+    assert clear, "nothing is chosen"
+    best = min(clear, key=lambda pair: expected[pair], default=(0.37, "soft"))
     assert expected[chosen.gate_threshold, chosen.weights] == pytest.approx(expected[best], abs=1e-4)
     assert chosen.floors == floors
     assert max(expected.values()) > min(expected.values()) + 0.01, "nothing to choose between"
@@ -106,3 +114,11 @@ def test_of_gates_that_cost_the_same_the_configured_threshold_is_kept(library: t
     found = found_in(library, random_rows(4, Random(6)), args)
     chosen, _ = calibrate(library[1], found, torch.full((4, 3), 0.9), args)
     assert chosen.gate_threshold == 0.4
+
+
+def test_a_gate_has_to_win_by_more_than_a_standard_error() -> None:
+    soft = [1.0, 2.0, 3.0, 4.0]
+    assert clearly_lower([0.9, 1.9, 2.8, 3.9], soft)
+    lucky = [0.2, 2.3, 3.3, 4.1]  # a lower mean, by one prompt
+    assert sum(lucky) < sum(soft) and not clearly_lower(lucky, soft)
+    assert not clearly_lower(soft, soft) and not clearly_lower([0.1], [1.0])

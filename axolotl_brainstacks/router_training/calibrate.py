@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
@@ -20,7 +22,7 @@ KINDS: tuple[Literal["soft", "hard"], ...] = ("soft", "hard")
 def calibrate(
     meter: Meter, found: Sequence[Found], probabilities: Tensor, args: RouterArgs
 ) -> tuple[GateArgs, list[dict[str, Any]]]:
-    """The gate with the lowest mean loss; of equal ones the first, and the configured threshold comes first.
+    """The configured gate with soft weights, unless another one has a clearly lower mean loss; then the lowest.
 
     With `weights: soft` or `hard` it is the configured one, and nothing is measured. On every rank.
 
@@ -36,12 +38,21 @@ def calibrate(
     thresholds = list(dict.fromkeys([args.gate_threshold, *THRESHOLDS]))
     gates = [args.gate(kind, threshold) for threshold in thresholds for kind in KINDS]
     losses = gate_losses(meter, found, probabilities, gates)
-    means = [sum(each) / len(each) for each in losses]
+    means = [fmean(each) for each in losses]
     tried = [
         {"gate_threshold": tried.gate_threshold, "weights": tried.weights, "loss": mean}
         for tried, mean in zip(gates, means, strict=True)
     ]
-    return gates[means.index(min(means))], tried
+    # The lowest of a dozen means on few prompts is often luck, which held-out prompts then do not confirm.
+    better = [number for number, each in enumerate(losses) if clearly_lower(each, losses[0])]
+    return gates[min(better, key=lambda number: means[number], default=0)], tried
+
+
+def clearly_lower(losses: Sequence[float], than: Sequence[float]) -> bool:
+    """Whether the mean of `losses` is below that of `than`, on the same prompts, by more than the standard error of the
+    paired differences. Never with fewer than two prompts."""
+    gains = [other - loss for loss, other in zip(losses, than, strict=True)]
+    return len(gains) > 1 and fmean(gains) > stdev(gains) / math.sqrt(len(gains))
 
 
 def gate_losses(

@@ -53,7 +53,11 @@ def show(evaluation: dict[str, Any], console: Console) -> None:
     origin = "as configured"
     if evaluation["calibration"]:
         validation = sum(parts.get("validation", 0) for parts in prompts.values())
-        origin = f"best of {len(evaluation['calibration'])} on {validation} validation prompts"
+        configured = (gate["weights"], gate["gate_threshold"]) == ("soft", evaluation["settings"]["gate_threshold"])
+        origin = (
+            f"{'as configured, none' if configured else 'clearly the best'} of {len(evaluation['calibration'])} on "
+            f"{validation} validation prompts{' being clearly better' if configured else ''}"
+        )
     console.print(f"Gate: {gate['weights']} weights from probability {gate['gate_threshold']:g} on, {origin}")
     table = Table(
         title="Mean loss per answer token on unseen prompts", title_justify="left", box=None, padding=(0, 1, 0, 0)
