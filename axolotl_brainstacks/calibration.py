@@ -13,14 +13,14 @@ from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.nullspace import RankGram, fit_directions, rest_energy
 from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.distributed import sum_over_ranks
-from axolotl_brainstacks.evaluation import Row, my_batches
+from axolotl_brainstacks.evaluation import Example, evaluating, my_batches
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A domain's stacks, and rows to run them on; an imported domain has none."""
 
-    rows: list[Row]
+    rows: list[Example]
     stacks: list[str]
 
 
@@ -63,13 +63,11 @@ def measure(model: PeftModel, tuner: StackTuner, calibration: Calibration, batch
 
 @torch.no_grad()
 def _grams(
-    model: PeftModel, tuner: StackTuner, layers: list[BrainstacksLinear], rows: list[Row], batch_size: int
+    model: PeftModel, tuner: StackTuner, layers: list[BrainstacksLinear], rows: list[Example], batch_size: int
 ) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     grams = {layer: RankGram() for layer in layers}
-    with model.disable_adapter():
+    with evaluating(model), model.disable_adapter():
         for start, batch in my_batches(rows, batch_size, device):
             mask = batch.attention_mask.float()
             weights = mask / mask.sum(1, keepdim=True) if start is not None else torch.zeros_like(mask)
@@ -85,7 +83,6 @@ def _grams(
         gram = grams[layer].total
         assert gram is not None
         totals[layer.module_name] = sum_over_ranks(gram).cpu() / len(rows)
-    model.train(was_training)
     return totals
 
 

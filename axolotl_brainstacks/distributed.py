@@ -15,18 +15,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def world() -> tuple[int, int]:
-    """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+def rank() -> int:
+    return dist.get_rank() if _started() else 0
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if _started() else 1
+
+
+def _started() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_main() -> bool:
-    return world()[0] == 0
+    return rank() == 0
 
 
 def on_main[T](action: Callable[[], T]) -> T:
     """Run `action` on the main process; its result, or its exception, reaches every rank."""
-    if world()[1] == 1:
+    if world_size() == 1:
         return action()
     box: list[Any] = [None, None]
     if is_main():
@@ -42,27 +50,27 @@ def on_main[T](action: Callable[[], T]) -> T:
 
 def gather_objects[T](value: T) -> list[T]:
     """Every rank's `value`, in the ranks' order."""
-    if world()[1] == 1:
+    if world_size() == 1:
         return [value]
-    values: list[T | None] = [None] * world()[1]
+    values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
-def check_same(what: str, seen: str, mend: str) -> None:
+def check_same(what: str, seen: str, fix: str) -> None:
     """Raises ValueError on every rank unless all ranks, on whatever machines, have `seen` the same."""
     found = gather_objects((socket.gethostname(), seen))
     for rank, (host, other) in enumerate(found):
         if other != found[0][1]:
             raise ValueError(
                 f"{what} is not the same for all processes: {found[0][1]} for rank 0 on {found[0][0]}, {other} for rank "
-                f"{rank} on {host}; {mend}"
+                f"{rank} on {host}; {fix}"
             )
 
 
 def shared_by_all(folder: Path) -> bool:
     """Whether all ranks see what the main process writes into `folder`: one machine, or a shared file system."""
-    if world()[1] == 1:
+    if world_size() == 1:
         return True
 
     def leave_mark() -> str:
@@ -83,13 +91,13 @@ def on_each_node(action: Callable[[], object]) -> None:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    if world()[1] > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def barrier() -> None:
-    if world()[1] > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
@@ -111,7 +119,7 @@ def gathered(parameters: Sequence[Tensor], write: bool = False) -> Iterator[None
 
 
 @torch.no_grad()
-def whole(parameter: Tensor) -> Tensor:
+def gather_full(parameter: Tensor) -> Tensor:
     """A CPU copy of a parameter, gathered if it is sharded."""
     with gathered([parameter]):
         return parameter.detach().cpu().clone()

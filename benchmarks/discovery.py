@@ -21,10 +21,10 @@ from models import tuner_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.args import RouterArgs
-from axolotl_brainstacks.evaluation import IGNORED, Batch, Row, batch_losses
+from axolotl_brainstacks.evaluation import IGNORED, Batch, Example, batch_losses
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router_training.discovery import discover
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.search import DomainSet
 
 DOMAINS = ["chat", "code", "math", "medical", "reasoning", "legal", "history", "music"]
@@ -64,11 +64,11 @@ def run(short: bool) -> Result:
     )
 
 
-def new_meter(path: Path, domains: int) -> tuple[Library, Meter]:
+def new_meter(path: Path, domains: int) -> tuple[Library, LossMeter]:
     base = tiny()
     library = new_library(path, base, DOMAINS[:domains], 1, scale=0.15)
     model = load(library, base)
-    return library, Meter(model, tuner_of(model), DOMAINS[:domains], library.manifest.stacks, BATCH)
+    return library, LossMeter(model, tuner_of(model), DOMAINS[:domains], library.manifest.stacks, BATCH)
 
 
 def tiny() -> PreTrainedModel:
@@ -89,16 +89,16 @@ def tiny() -> PreTrainedModel:
     )
 
 
-def random_rows(count: int, rng: Random) -> list[Row]:
+def random_rows(count: int, rng: Random) -> list[Example]:
     """Rows of equal length, so that forwards are of equal size."""
     rows = []
     for _ in range(count):
         tokens = [rng.randrange(VOCABULARY) for _ in range(TOKENS)]
-        rows.append(Row(tokens, [IGNORED] * (TOKENS // 2) + tokens[TOKENS // 2 :]))
+        rows.append(Example(tokens, [IGNORED] * (TOKENS // 2) + tokens[TOKENS // 2 :]))
     return rows
 
 
-def with_forwards[T](meter: Meter, find: Callable[[], T]) -> tuple[T, int]:
+def with_forwards[T](meter: LossMeter, find: Callable[[], T]) -> tuple[T, int]:
     """What `find` finds, and the number of the model's forwards it takes."""
     calls: list[None] = []
     handle = meter.tuner.model.get_decoder().register_forward_pre_hook(lambda *_: calls.append(None))
@@ -107,7 +107,7 @@ def with_forwards[T](meter: Meter, find: Callable[[], T]) -> tuple[T, int]:
     return found, len(calls)
 
 
-def ours_best(library: Library, meter: Meter, rows: dict[str, list[Row]]) -> dict[str, list[DomainSet]]:
+def ours_best(library: Library, meter: LossMeter, rows: dict[str, list[Example]]) -> dict[str, list[DomainSet]]:
     for file in (library.path / "router/discovery").glob("*.jsonl"):
         file.unlink()  # what an earlier repeat measured
     # Without its progress bar.
@@ -117,7 +117,7 @@ def ours_best(library: Library, meter: Meter, rows: dict[str, list[Row]]) -> dic
 
 
 @torch.no_grad()
-def published_best(meter: Meter, rows: dict[str, list[Row]]) -> dict[str, list[DomainSet]]:
+def published_best(meter: LossMeter, rows: dict[str, list[Example]]) -> dict[str, list[DomainSet]]:
     """Row by row: base, every domain, then greedy growth; each loss is one row out of a forward of its whole batch."""
 
     def loss(batch: Batch, row: int, names: DomainSet) -> float:

@@ -104,7 +104,7 @@ def with_stacks(base: PreTrainedModel, frozen: int = 0, frozen_dtype: FrozenDtyp
         task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, num_experts=EXPERTS, top_k=TOP_K, target_modules=PROJECTIONS
     )
     model = get_peft_model(another(base), config)
-    tuner_of(model).keep_frozen_as(frozen_dtype)
+    tuner_of(model).set_frozen_dtype(frozen_dtype)
     for _ in range(frozen):
         attach_random(model)
     return model

@@ -108,7 +108,7 @@ def preferred(base: Path, library: Library, domain: str, folder: Path, without_r
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from axolotl_brainstacks.evaluation import Row, row_losses
+    from axolotl_brainstacks.evaluation import Example, row_losses
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(
@@ -126,7 +126,7 @@ def preferred(base: Path, library: Library, domain: str, folder: Path, without_r
                 prompt, answer = (
                     tokenizer(line[key], add_special_tokens=False)["input_ids"] for key in ("prompt", side)
                 )
-                rows.append(Row(prompt + answer, [-100] * len(prompt) + answer))
+                rows.append(Example(prompt + answer, [-100] * len(prompt) + answer))
             losses.append([total / tokens for total, tokens in row_losses(model, rows, 8)])
     return sum(good < bad for good, bad in zip(*losses, strict=True)) / len(lines)
 

@@ -12,11 +12,11 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
-from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
+from axolotl_brainstacks.evaluation import IGNORED, Example, pack_rows
 from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.router.router import routable_domains
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.serving.model import BrainstacksModel
 
 VOCABULARY = 96
@@ -44,7 +44,7 @@ def add_domain(
     base: PreTrainedModel,
     name: str,
     stacks: int = 1,
-    rows: Sequence[Row] = (),
+    rows: Sequence[Example] = (),
     scale: float = 0.15,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
@@ -78,18 +78,18 @@ def tuner_of(model: PeftModel) -> BrainstacksModel:
     return model.base_model
 
 
-def meter_of(library: Library, base: PreTrainedModel, batch_size: int = 8) -> Meter:
+def meter_of(library: Library, base: PreTrainedModel, batch_size: int = 8) -> LossMeter:
     """Load the library around a copy of `base`, as any PEFT program does, and measure with it."""
     model = PeftModel.from_pretrained(deepcopy(base), str(library.path))
     domains = routable_domains(library.manifest)
-    return Meter(model, tuner_of(model), domains, library.manifest.stacks, batch_size)
+    return LossMeter(model, tuner_of(model), domains, library.manifest.stacks, batch_size)
 
 
-def random_rows(count: int, rng: Random) -> list[Row]:
+def random_rows(count: int, rng: Random) -> list[Example]:
     """Rows of 6 to 30 tokens; the answer starts anywhere after the first."""
     rows = []
     for _ in range(count):
         tokens = [rng.randrange(VOCABULARY) for _ in range(rng.randint(6, 30))]
         start = rng.randint(1, len(tokens) - 2)
-        rows.append(Row(tokens, [IGNORED] * start + tokens[start:]))
+        rows.append(Example(tokens, [IGNORED] * start + tokens[start:]))
     return rows

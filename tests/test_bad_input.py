@@ -1,4 +1,4 @@
-"""Mistakes of users: each ends in one clear error that names the key or file and the mend, and the library stays as it was.
+"""Mistakes of users: each ends in one clear error that names the key or file and the fix, and the library stays as it was.
 
 Most go through Axolotl's config loading in this process, as in `axolotl train`; a few through the real command.
 """

@@ -14,7 +14,7 @@ from axolotl_brainstacks import evaluation
 from axolotl_brainstacks.evaluation import (
     IGNORED,
     Batch,
-    Row,
+    Example,
     answer,
     check_vocabulary,
     mean_loss,
@@ -27,18 +27,18 @@ from axolotl_brainstacks.evaluation import (
 CPU = torch.device("cpu")
 
 
-def random_row(length: int, answers: float = 0.5) -> Row:
+def random_row(length: int, answers: float = 0.5) -> Example:
     """Token ids from 1 up (0 pads), each answer token with probability `answers`, also as islands between other turns."""
     ids = torch.randint(1, TINY["vocab_size"], (length,)).tolist()
-    return Row(ids, [token if torch.rand(()) < answers else IGNORED for token in ids])
+    return Example(ids, [token if torch.rand(()) < answers else IGNORED for token in ids])
 
 
-def random_rows(count: int) -> list[Row]:
+def random_rows(count: int) -> list[Example]:
     return [random_row(int(torch.randint(2, 30, ()))) for _ in range(count)]
 
 
 @torch.no_grad()
-def reference_losses(model: nn.Module, rows: list[Row]) -> list[tuple[float, int]]:
+def reference_losses(model: nn.Module, rows: list[Example]) -> list[tuple[float, int]]:
     """One row at a time, no padding, float64, token by token."""
     found = []
     for row in rows:
@@ -101,10 +101,10 @@ def test_a_model_that_cannot_choose_its_logits() -> None:
 
 def test_rows_without_an_answer_count_nothing() -> None:
     model, rows = llama().eval(), random_rows(3)
-    silent = Row([5, 6, 7], [IGNORED] * 3)
+    silent = Example([5, 6, 7], [IGNORED] * 3)
     assert row_losses(model, [silent], 1) == [(0.0, 0)]
     assert mean_loss(model, [silent], 1) == 0.0
-    first_only = Row([5, 6, 7], [5, IGNORED, IGNORED])  # nothing predicts the first token
+    first_only = Example([5, 6, 7], [5, IGNORED, IGNORED])  # nothing predicts the first token
     assert row_losses(model, [first_only], 1) == [(0.0, 0)]
     assert mean_loss(model, [silent, *rows, first_only], 2) == pytest.approx(mean_loss(model, rows, 3), rel=1e-5)
 
@@ -120,7 +120,7 @@ def test_measuring_has_dropout_and_noise_off_and_restores_training() -> None:
 
 
 def test_packed_rows_come_back() -> None:
-    rows = [*random_rows(6), Row([9], [IGNORED]), Row([1, 2], [1, 2])]
+    rows = [*random_rows(6), Example([9], [IGNORED]), Example([1, 2], [1, 2])]
     assert unpack_rows(pack_rows(rows)) == rows
     assert unpack_rows(pack_rows([])) == []
 
@@ -155,7 +155,7 @@ def test_rows_that_do_not_add_up_are_refused(change: dict[str, Tensor | None], r
         unpack_rows(save(tensors), "the rows of chat")
 
 
-@pytest.mark.parametrize("data", [b"", b"rows of chat", pack_rows([Row([1, 2], [1, 2])])[:-4]])
+@pytest.mark.parametrize("data", [b"", b"rows of chat", pack_rows([Example([1, 2], [1, 2])])[:-4]])
 def test_bytes_that_are_no_rows_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="restore"):
         unpack_rows(data)
@@ -163,8 +163,8 @@ def test_bytes_that_are_no_rows_are_refused(data: bytes) -> None:
 
 def test_tokens_that_the_model_does_not_have_are_refused() -> None:
     model, size = wrap(llama()), TINY["vocab_size"]
-    check_vocabulary([Row([size - 1], [IGNORED])], model, "The rows")
-    for row in (Row([0, size], [IGNORED] * 2), Row([0, 1], [IGNORED, size])):
+    check_vocabulary([Example([size - 1], [IGNORED])], model, "The rows")
+    for row in (Example([0, size], [IGNORED] * 2), Example([0, 1], [IGNORED, size])):
         with pytest.raises(
             ValueError, match=rf"The rows have the token {size}, but the base model has only {size}.*restore"
         ):
@@ -172,16 +172,16 @@ def test_tokens_that_the_model_does_not_have_are_refused() -> None:
 
 
 def test_batches_are_padded_on_the_right() -> None:
-    batch = Batch.of([Row([3, 4, 5], [IGNORED, 4, 5]), Row([6], [6])], CPU)
+    batch = Batch.of([Example([3, 4, 5], [IGNORED, 4, 5]), Example([6], [6])], CPU)
     assert batch.input_ids.tolist() == [[3, 4, 5], [6, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 4, 5], [6, IGNORED, IGNORED]]
 
 
 def test_the_prompt_ends_where_the_first_answer_begins() -> None:
-    assert Row([1, 2, 3, 4], [IGNORED, IGNORED, 3, IGNORED]).prompt_ids == [1, 2]
-    assert Row([1, 2], [1, 2]).prompt_ids == []
-    assert Row([1, 2], [IGNORED, IGNORED]).prompt_ids == []
+    assert Example([1, 2, 3, 4], [IGNORED, IGNORED, 3, IGNORED]).prompt_ids == [1, 2]
+    assert Example([1, 2], [1, 2]).prompt_ids == []
+    assert Example([1, 2], [IGNORED, IGNORED]).prompt_ids == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -210,7 +210,7 @@ def test_every_row_is_measured_once_whatever_the_number_of_ranks(
 def test_answers_are_greedy_continuations_of_each_prompt_alone() -> None:
     model = llama(initializer_range=0.5).eval()
     model.generation_config.eos_token_id = None
-    rows = [Row(row.input_ids, [IGNORED] * n + row.input_ids[n:]) for n in (3, 7, 5) for row in [random_row(10)]]
+    rows = [Example(row.input_ids, [IGNORED] * n + row.input_ids[n:]) for n in (3, 7, 5) for row in [random_row(10)]]
     expected = []
     for row in rows:
         ids = row.prompt_ids

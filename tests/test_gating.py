@@ -103,7 +103,7 @@ def test_padding_does_not_count_in_the_balance() -> None:
     gating, h = Gating(4, 3, 2, 1.0, balance=0.5), torch.randn(3, 11, 1, 16, dtype=torch.float64, requires_grad=True)
     real = torch.arange(11)[None] < torch.tensor([11, 4, 6])[:, None]
     batch = BatchTokens()
-    batch.look_at(real.long() * 2)
+    batch.set_mask(real.long() * 2)
     assert batch.share_of(torch.empty(3, 10, 5)) is None
     share = batch.share_of(torch.empty(3, 11, 5))
     assert share is not None

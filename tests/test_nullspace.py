@@ -19,7 +19,7 @@ from axolotl_brainstacks.calibration import (
     measure,
     merge_columns,
 )
-from axolotl_brainstacks.evaluation import Row
+from axolotl_brainstacks.evaluation import Example
 
 
 def orthonormal(rows: int, columns: int) -> Tensor:
@@ -202,13 +202,13 @@ def test_the_moments_are_weighted_sums_also_under_autocast() -> None:
 # Fitting a model
 
 
-def some_rows(lengths: list[int]) -> list[Row]:
+def some_rows(lengths: list[int]) -> list[Example]:
     rows = [torch.randint(1, TINY["vocab_size"], (length,)).tolist() for length in lengths]
-    return [Row(ids, [-100, *ids[1:]]) for ids in rows]
+    return [Example(ids, [-100, *ids[1:]]) for ids in rows]
 
 
 @torch.no_grad()
-def explicit_deltas(model: PeftModel, stacks: list[str], rows: list[Row]) -> dict[str, Tensor]:
+def explicit_deltas(model: PeftModel, stacks: list[str], rows: list[Example]) -> dict[str, Tensor]:
     """Per projection, what the stacks add to every token, (tokens, out): each row on its own, scaled to count alike."""
     found: dict[str, list[Tensor]] = {}
 

@@ -164,7 +164,7 @@ def test_a_stack_that_replaces_another_leaves_pending_copies_and_backward_passes
                     torch.zeros_like(layer.brainstacks_B["default"].weight), 0, 3,
                 )  # fmt: skip
                 before = bank.matrices()[0], bank.matrices()[0].clone()
-                layer.hold({"s001_chat"}, [stack])
+                layer.update_bank({"s001_chat"}, [stack])
                 assert torch.equal(*before), "no byte is written where a copy may still read"
         loss.backward()
         results.append([weight.grad for weight in model.parameters() if weight.grad is not None])

@@ -19,7 +19,7 @@ from processes import train
 from test_curriculum import curriculum_config, write_domain
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from axolotl_brainstacks.curriculum.build import TRAINED, stack_config
+from axolotl_brainstacks.curriculum.build import ADAPTER_NAME, stack_config
 from axolotl_brainstacks.curriculum.preflight import TrainingRun
 from axolotl_brainstacks.curriculum.preview import DomainPreview, Preview, preview, size
 from axolotl_brainstacks.curriculum.sizes import Sizes, base_bytes, meta_model, safetensors_bytes, state_bytes
@@ -161,7 +161,7 @@ def test_memory_of_stacks_is_that_of_real_ones(run: tuple[dict[str, Any], Path, 
     optimizer.step()
     state = sum(t.nbytes for values in optimizer.state.values() for t in values.values() if t.dim())
     assert sizes.trained_stack == sum(2 * parameter.nbytes for parameter in trained) + state
-    tuner.attach_stack("s001_chat", "chat", config, tuner.export_stack(TRAINED))
+    tuner.attach_stack("s001_chat", "chat", config, tuner.export_stack(ADAPTER_NAME))
     banks = sum(buffer.nbytes for layer in tuner.brainstacks_layers() for buffer in layer.bank.buffers())
     assert sizes.frozen_stack == banks
 

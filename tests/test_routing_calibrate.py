@@ -9,25 +9,25 @@ from routed import meter_of, new_library, random_rows, tiny_base
 from torch import Tensor
 
 from axolotl_brainstacks.args import RouterArgs
-from axolotl_brainstacks.evaluation import IGNORED, Row
+from axolotl_brainstacks.evaluation import IGNORED, Example
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.thresholds import gate
 from axolotl_brainstacks.router_training.calibrate import KINDS, THRESHOLDS, calibrate, clearly_lower, gate_losses
-from axolotl_brainstacks.router_training.discovery import Found, discover
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.discovery import DiscoveryResult, discover
+from axolotl_brainstacks.router_training.measure import LossMeter
 
 DOMAINS = ["chat", "code", "math"]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Library, Meter]:
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Library, LossMeter]:
     torch.manual_seed(17)
     base = tiny_base()
     made = new_library(tmp_path_factory.mktemp("calibrate") / "library", base, DOMAINS, stacks=2)
     return made, meter_of(made, base)
 
 
-def found_in(library: tuple[Library, Meter], rows: list[Row], args: RouterArgs) -> list[Found]:
+def found_in(library: tuple[Library, LossMeter], rows: list[Example], args: RouterArgs) -> list[DiscoveryResult]:
     """Every set of domains measured."""
     made, meter = library
     with made.writing():
@@ -35,7 +35,7 @@ def found_in(library: tuple[Library, Meter], rows: list[Row], args: RouterArgs) 
 
 
 @torch.no_grad()
-def plain_losses(meter: Meter, rows: list[Row], weights: Tensor) -> list[float]:
+def plain_losses(meter: LossMeter, rows: list[Example], weights: Tensor) -> list[float]:
     """Each row alone under its weights (rows, domains)."""
     losses = []
     for row, factors in zip(rows, weights, strict=True):
@@ -48,7 +48,7 @@ def plain_losses(meter: Meter, rows: list[Row], weights: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("floors", [{}, {"chat": 0.2, "math": 0.4}])
 def test_the_calibrated_gate_answers_validation_prompts_clearly_better(
-    library: tuple[Library, Meter], floors: dict[str, float]
+    library: tuple[Library, LossMeter], floors: dict[str, float]
 ) -> None:
     meter, rows = library[1], random_rows(12, Random(1))
     args = RouterArgs(floors=floors, gate_threshold=0.37)
@@ -74,7 +74,7 @@ def test_the_calibrated_gate_answers_validation_prompts_clearly_better(
     assert max(expected.values()) > min(expected.values()) + 0.01, "nothing to choose between"
 
 
-class Counting(Meter):
+class Counting(LossMeter):
     """Notes every (row, weights) that is measured."""
 
     asked: list[tuple[tuple[int, ...], tuple[float, ...]]]
@@ -84,7 +84,7 @@ class Counting(Meter):
         return super().losses(rows, weights, progress)
 
 
-def test_nothing_is_measured_twice(library: tuple[Library, Meter]) -> None:
+def test_nothing_is_measured_twice(library: tuple[Library, LossMeter]) -> None:
     """Hard weights are sets that discovery has measured; soft ones are the same under many thresholds."""
     meter, rows, args = library[1], random_rows(6, Random(3)), RouterArgs(floors={"code": 0.3})
     found = found_in(library, [*rows, rows[0]], args)
@@ -99,7 +99,7 @@ def test_nothing_is_measured_twice(library: tuple[Library, Meter]) -> None:
     assert all(each[6] == each[0] for each in losses)
 
 
-def test_named_weights_keep_their_threshold_and_measure_nothing(library: tuple[Library, Meter]) -> None:
+def test_named_weights_keep_their_threshold_and_measure_nothing(library: tuple[Library, LossMeter]) -> None:
     args = RouterArgs(weights="soft", gate_threshold=0.61)
     rows = random_rows(3, Random(5))
     found, forwards = found_in(library, rows, args), library[1].forwards
@@ -108,7 +108,7 @@ def test_named_weights_keep_their_threshold_and_measure_nothing(library: tuple[L
     assert library[1].forwards == forwards
 
 
-def test_of_gates_that_cost_the_same_the_configured_threshold_is_kept(library: tuple[Library, Meter]) -> None:
+def test_of_gates_that_cost_the_same_the_configured_threshold_is_kept(library: tuple[Library, LossMeter]) -> None:
     """Probabilities above every threshold: it makes no difference."""
     args = RouterArgs(gate_threshold=0.4)
     found = found_in(library, random_rows(4, Random(6)), args)

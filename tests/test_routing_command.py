@@ -33,7 +33,7 @@ from axolotl_brainstacks.router_training import pipeline as make_module
 from axolotl_brainstacks.router_training import report
 from axolotl_brainstacks.router_training.data import Sample, load_samples, split
 from axolotl_brainstacks.router_training.evaluate import CHOICES
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.pipeline import EVALUATION, made_before, make_router
 
 DOMAINS = ["chat", "code", "math"]
@@ -49,13 +49,13 @@ def some_samples(count: int = 24) -> list[Sample]:
     return [Sample(row, name, (name,)) for name in DOMAINS for row in random_rows(count, Random())]
 
 
-def make(library: Library, meter: Meter, samples: list[Sample], **settings: Any) -> dict[str, Any]:
+def make(library: Library, meter: LossMeter, samples: list[Sample], **settings: Any) -> dict[str, Any]:
     with library.writing():
         return make_router(library, meter, samples, RouterArgs(**SETTINGS | settings))
 
 
 @torch.no_grad()
-def plain_loss(meter: Meter, sample: Sample, weights: dict[str, float]) -> float:
+def plain_loss(meter: LossMeter, sample: Sample, weights: dict[str, float]) -> float:
     """Loss of one row with every stack of a domain at that domain's weight."""
     stacks = [stack for stack in meter.stacks if weights.get(stack.domain)]
     factors = torch.tensor([[weights[stack.domain] for stack in stacks]])
@@ -212,7 +212,7 @@ def test_a_killed_run_is_never_taken_for_a_finished_one(
     """Neither an earlier router beside the new evaluation, nor a router without its report."""
     library, samples = new_library(tmp_path / "library", base, DOMAINS), some_samples(8)
     make(library, meter_of(library, base), samples, epochs=1)
-    wanted = make_module.origin(library, samples, RouterArgs(**SETTINGS))
+    wanted = make_module.inputs_digest(library, samples, RouterArgs(**SETTINGS))
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt

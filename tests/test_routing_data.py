@@ -12,7 +12,7 @@ from routed import new_library, random_rows
 from test_routing_command import DOMAINS, SETTINGS, assert_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_brainstacks.evaluation import Row, pack_rows, unpack_rows
+from axolotl_brainstacks.evaluation import Example, pack_rows, unpack_rows
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router_training.data import FOLDER
 
@@ -40,7 +40,7 @@ def library_of(model: Path, folder: Path) -> Library:
     return new_library(folder / "library", AutoModelForCausalLM.from_pretrained(model), DOMAINS)
 
 
-def prompts(library: Library, source: str) -> list[Row]:
+def prompts(library: Library, source: str) -> list[Example]:
     return unpack_rows((library.path / FOLDER / f"{source}.safetensors").read_bytes())
 
 
@@ -86,7 +86,7 @@ def test_no_trained_prompt_is_among_the_routers(tiny_llama_dir: Path, tmp_path: 
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     kept = random_rows(9, rng)
     with library.writing():
-        leaked = Row([*prompt, 5, 6], [-100] * len(prompt) + [5, 6])
+        leaked = Example([*prompt, 5, 6], [-100] * len(prompt) + [5, 6])
         library.write_file(f"{FOLDER}/math.safetensors", pack_rows([*kept, leaked]))
 
     log = finish([start_train(config, tmp_path, "router")], tmp_path)

@@ -16,10 +16,10 @@ from routed import add_domain, meter_of, new_library, random_rows, tiny_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from axolotl_brainstacks.args import RouterArgs
-from axolotl_brainstacks.evaluation import IGNORED, Row
+from axolotl_brainstacks.evaluation import IGNORED, Example
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.router_training.discovery import Found, discover, row_key
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.discovery import DiscoveryResult, discover, row_key
+from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.search import DomainSet
 
 FIVE = ["chat", "code", "math", "medical", "reasoning"]
@@ -30,7 +30,7 @@ def base() -> LlamaForCausalLM:
     return tiny_base()
 
 
-def run(library: Library, meter: Meter, rows: list[Row], **settings: Any) -> list[Found]:
+def run(library: Library, meter: LossMeter, rows: list[Example], **settings: Any) -> list[DiscoveryResult]:
     with library.writing():
         return discover(library, meter, {"chat": rows}, RouterArgs(**{"search": "greedy"} | settings))["chat"]
 
@@ -40,7 +40,7 @@ def records(library: Library) -> bytes:
 
 
 @torch.no_grad()
-def loop(meter: Meter, row: Row, min_gain: float) -> tuple[dict[DomainSet, float], DomainSet, int]:
+def loop(meter: LossMeter, row: Example, min_gain: float) -> tuple[dict[DomainSet, float], DomainSet, int]:
     """Greedy search both ways on one row, a forward per set: losses, best set, forwards."""
     losses: dict[DomainSet, float] = {}
 
@@ -67,7 +67,7 @@ def loop(meter: Meter, row: Row, min_gain: float) -> tuple[dict[DomainSet, float
     return losses, min([grown, shrunk], key=lambda names: loss_of(names) + min_gain * len(names)), len(losses)
 
 
-def assert_as_in_a_loop(meter: Meter, found: list[Found]) -> int:
+def assert_as_in_a_loop(meter: LossMeter, found: list[DiscoveryResult]) -> int:
     """The loop must measure the same sets, find the same losses and choose the same set; returns its forwards.
 
     Rounding differs between a row alone and a row in a batch. A token that stands on the edge between two experts may
@@ -106,7 +106,7 @@ def test_the_same_on_a_pretrained_model(smollm2_dir: Path, tmp_path: Path) -> No
         ("Hi!", " Hello"),
     ):
         prompt, reply = tokenizer(question)["input_ids"], tokenizer(answer)["input_ids"]
-        rows.append(Row(prompt + reply, [IGNORED] * len(prompt) + reply))
+        rows.append(Example(prompt + reply, [IGNORED] * len(prompt) + reply))
     library = new_library(tmp_path / "library", base, FIVE[:2], scale=0.03)
     meter = meter_of(library, base)
     found = run(library, meter, rows)
@@ -197,7 +197,7 @@ def test_floors_are_part_of_what_is_measured(base: LlamaForCausalLM, tmp_path: P
 
 
 @torch.no_grad()
-def weighted_loss(meter: Meter, row: Row, weights: dict[str, float]) -> float:
+def weighted_loss(meter: LossMeter, row: Example, weights: dict[str, float]) -> float:
     """The loss of one row alone, with every stack of a domain at that domain's weight."""
     stacks = [stack for stack in meter.stacks if weights.get(stack.domain)]
     factors = torch.tensor([[weights[stack.domain] for stack in stacks]])
@@ -210,7 +210,7 @@ def test_other_floors_are_measured_anew_and_the_base_is_not(base: LlamaForCausal
     library = new_library(tmp_path / "library", base, FIVE[:2])
     rows = random_rows(8, Random(4))
 
-    def measured(**floors: float) -> tuple[int, list[Found]]:
+    def measured(**floors: float) -> tuple[int, list[DiscoveryResult]]:
         meter = meter_of(library, base, batch_size=8)
         found = run(library, meter, rows, search="exhaustive", floors=floors)
         return meter.forwards, found
@@ -303,7 +303,7 @@ def test_records_that_were_altered_are_measured_again(
     assert str(path) in caplog.text and "measured again" in caplog.text and library.verify() == []
 
 
-class Doomed(Meter):
+class Doomed(LossMeter):
     """Kills its own process at the given forward."""
 
     at = 0

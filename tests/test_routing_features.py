@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from axolotl_brainstacks.router.features import base_features
 from axolotl_brainstacks.router.network import OutcomeRouter
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.measure import LossMeter
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def base() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def meter(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Meter:
+def meter(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> LossMeter:
     return meter_of(new_library(tmp_path_factory.mktemp("features") / "library", base, ["chat", "code"]), base)
 
 
@@ -30,7 +30,7 @@ def expected(base: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_features_are_the_base_models_whatever_the_padding(base: PreTrainedModel, meter: Meter, side: str) -> None:
+def test_features_are_the_base_models_whatever_the_padding(base: PreTrainedModel, meter: LossMeter, side: str) -> None:
     prompts = [torch.randint(VOCABULARY, (length,)) for length in (3, 11, 7)]
     ids, given = torch.randint(VOCABULARY, (3, 12)), torch.zeros(3, 12, dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -42,14 +42,14 @@ def test_features_are_the_base_models_whatever_the_padding(base: PreTrainedModel
         torch.testing.assert_close(hidden[row, : len(prompt)], expected(base, prompt), atol=1e-5, rtol=1e-5)
 
 
-def test_of_a_long_prompt_the_end_is_read(base: PreTrainedModel, meter: Meter) -> None:
+def test_of_a_long_prompt_the_end_is_read(base: PreTrainedModel, meter: LossMeter) -> None:
     prompt = torch.randint(VOCABULARY, (20,))
     hidden, mask = base_features(meter.model, meter.tuner, prompt[None], torch.ones(1, 20), max_tokens=6)
     assert mask.all()
     torch.testing.assert_close(hidden[0], expected(base, prompt[-6:]), atol=1e-5, rtol=1e-5)
 
 
-def test_features_leave_the_model_as_it_was(meter: Meter) -> None:
+def test_features_leave_the_model_as_it_was(meter: LossMeter) -> None:
     ids = torch.randint(VOCABULARY, (2, 9))
 
     def logits() -> Tensor:
@@ -70,7 +70,7 @@ def test_features_leave_the_model_as_it_was(meter: Meter) -> None:
         meter.model.eval()
 
 
-def test_a_meter_reads_features_prompt_by_prompt(base: PreTrainedModel, meter: Meter) -> None:
+def test_a_meter_reads_features_prompt_by_prompt(base: PreTrainedModel, meter: LossMeter) -> None:
     rng = Random()
     prompts = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 30))] for _ in range(11)]
     for prompt, features in zip(prompts, meter.features(prompts, max_tokens=16), strict=True):

@@ -9,7 +9,7 @@ from routed import random_rows
 from torch import Tensor
 
 from axolotl_brainstacks.args import RouterArgs
-from axolotl_brainstacks.evaluation import IGNORED, Row
+from axolotl_brainstacks.evaluation import IGNORED, Example
 from axolotl_brainstacks.router.router import Router, RouterConfig
 from axolotl_brainstacks.router_training.data import MIXED, Sample, joined, joined_in_parts, split
 from axolotl_brainstacks.router_training.fit import Prompts, Score, fit, objective, probabilities, target
@@ -109,14 +109,14 @@ def test_the_same_seed_gives_the_same_router() -> None:
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def samples_of(source: str, rows: list[Row]) -> list[Sample]:
+def samples_of(source: str, rows: list[Example]) -> list[Sample]:
     return [Sample(row, source, (source,)) for row in rows]
 
 
-def with_answer(row: Row, rng: Random) -> Row:
+def with_answer(row: Example, rng: Random) -> Example:
     """Another answer to the same prompt."""
     answer = [rng.randrange(90) for _ in range(5)]
-    return Row(row.prompt_ids + answer, [IGNORED] * len(row.prompt_ids) + answer)
+    return Example(row.prompt_ids + answer, [IGNORED] * len(row.prompt_ids) + answer)
 
 
 def test_no_prompt_is_on_two_sides_of_the_split() -> None:

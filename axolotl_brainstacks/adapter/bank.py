@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from axolotl_brainstacks.adapter.gating import Gating, gated, times
+from axolotl_brainstacks.adapter.gating import Gating, gated, matmul
 from axolotl_brainstacks.adapter.offload import Offload
 
 
@@ -296,4 +296,4 @@ class StackBank(nn.Module):
         return y
 
     def _times(self, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
-        return times(x, matrix, y) if self.offload is None else self.offload.times(self, x, matrix, y)
+        return matmul(x, matrix, y) if self.offload is None else self.offload.matmul(self, x, matrix, y)

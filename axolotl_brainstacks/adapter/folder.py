@@ -46,22 +46,22 @@ def check_kind(config: FolderConfig, folder: Path) -> None:
             when the weights beside it, which PEFT reads next, are damaged.
     """
     file, is_library = folder / CONFIG_NAME, (folder / MANIFEST).is_file()
-    mend = "restore the file from a copy, or run `axolotl train` on its YAML again, which writes it anew"
+    fix = "restore the file from a copy, or run `axolotl train` on its YAML again, which writes it anew"
     if config.library is None:
         if is_library or config.target_modules == DUMMY_TARGET_MODULES:
-            raise ValueError(f"{file} stands for a library, but has no key `library`: {mend}")
+            raise ValueError(f"{file} stands for a library, but has no key `library`: {fix}")
         return
     if config.target_modules != DUMMY_TARGET_MODULES:
         raise ValueError(
             f"{file} names a library, so `target_modules` must be {DUMMY_TARGET_MODULES!r}, but is "
-            f"{config.target_modules!r}, a stack that no route chooses: {mend}"
+            f"{config.target_modules!r}, a stack that no route chooses: {fix}"
         )
     if config.task_type != "CAUSAL_LM":
         raise ValueError(
-            f"{file} names a library, so `task_type` must be 'CAUSAL_LM', but is {config.task_type!r}: {mend}"
+            f"{file} names a library, so `task_type` must be 'CAUSAL_LM', but is {config.task_type!r}: {fix}"
         )
     if is_library and config.library != ".":
-        raise ValueError(f"{file} lies in a library, so `library` must be '.', but is {config.library!r}: {mend}")
+        raise ValueError(f"{file} lies in a library, so `library` must be '.', but is {config.library!r}: {fix}")
     # A library's own are checked when it is attached, their hash first.
     if not is_library and (weights := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         load_tensors(weights)

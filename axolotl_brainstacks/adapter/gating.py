@@ -38,7 +38,7 @@ class BatchTokens:
     share: Tensor | None = None
     frozen_only: bool = False
 
-    def look_at(self, mask: Tensor | None) -> None:
+    def set_mask(self, mask: Tensor | None) -> None:
         """Take in an attention mask (rows, tokens), 0 at padding; masks of other shapes say nothing about tokens."""
         self.share = None
         if mask is not None and mask.dim() == 2:
@@ -85,7 +85,7 @@ def gated(
     return z, counts
 
 
-def times(x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
+def matmul(x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
     """``linear(x, matrix)``, or ``y + x @ matrix`` for a given `y`."""
     return F.linear(x, matrix) if y is None else multiply_add(y, x, matrix)
 
@@ -150,15 +150,15 @@ class _Gated(torch.autograd.Function):
         shape = (*gates.shape, gating.r)
         grad = grad.view(shape)
         # With z = gate * factor * activation, gate * d/d(gate) is <grad, z>: the softmax's backward needs just that.
-        pull = (grad.to(gates.dtype) * z.view(shape)).sum(-1)
-        to_logits = pull - gates * pull.sum(-1, keepdim=True)
+        grad_dot_gate = (grad.to(gates.dtype) * z.view(shape)).sum(-1)
+        grad_logits = grad_dot_gate - gates * grad_dot_gate.sum(-1, keepdim=True)
         if gating.balance is not None:
-            lean = probabilities * use
-            to_logits += (lean - probabilities * lean.sum(-1, keepdim=True)) * (
+            weighted_probs = probabilities * use
+            grad_logits += (weighted_probs - probabilities * weighted_probs.sum(-1, keepdim=True)) * (
                 share * (gating.balance * gating.n * gating.k)
             )
-        to_gate = [to_logits]
+        grad_gate = [grad_logits]
         if gating.noise_rows:
-            to_gate.append(to_logits * noise * scale.sigmoid() if gating.noisy else torch.zeros_like(to_logits))
+            grad_gate.append(grad_logits * noise * scale.sigmoid() if gating.noisy else torch.zeros_like(grad_logits))
         to_ranks = (grad * factors.unsqueeze(-1)).flatten(-2)
-        return torch.cat([*to_gate, to_ranks], dim=-1).to(grad.dtype), None, None, None
+        return torch.cat([*grad_gate, to_ranks], dim=-1).to(grad.dtype), None, None, None

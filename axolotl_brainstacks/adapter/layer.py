@@ -16,7 +16,7 @@ from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.gating import BatchTokens, Gating, gated, multiply_add
 from axolotl_brainstacks.adapter.nullspace import project_out
 from axolotl_brainstacks.adapter.offload import Offload
-from axolotl_brainstacks.distributed import gathered, whole
+from axolotl_brainstacks.distributed import gather_full, gathered
 
 
 class OutputProjection(nn.Linear):
@@ -118,7 +118,7 @@ class BrainstacksLinear(nn.Module, BaseTunerLayer):
         however little of B is left.
         """
         a_side, b_side = self.trained(adapter_name)
-        a, b = whole(a_side.weight), whole(b_side.weight)
+        a, b = gather_full(a_side.weight), gather_full(b_side.weight)
         if b_side.basis is not None:
             basis = b_side.basis.cpu().double()
             b = project_out(project_out(b.double(), basis), basis)
@@ -142,17 +142,17 @@ class BrainstacksLinear(nn.Module, BaseTunerLayer):
         """Add a frozen stack after all others, from `a` and `b` as they are on disk. Raises as `stack_shape` does."""
         shape = self.stack_shape(name, config, a, b)
         segment, place = self.bank.next_place(shape)
-        self.hold((), [StackTensors(name, shape, a, b, segment, place)])
+        self.update_bank((), [StackTensors(name, shape, a, b, segment, place)])
 
     @torch.inference_mode(False)  # a tensor made in inference mode could not be trained through, nor be replaced, later
     @torch.no_grad()
-    def hold(self, gone: Collection[str], new: Sequence[StackTensors]) -> None:
+    def update_bank(self, remove: Collection[str], add: Sequence[StackTensors]) -> None:
         """Take frozen stacks out and in; they are kept as `frozen_dtype` says, else in the base layer's compute dtype, on its
         device or offloaded."""
         device, dtype = self._bank_device_and_dtype()
         if self.bank.offload is not None:
             device = torch.device("cpu")
-        self.bank.change(gone, new, device, dtype)
+        self.bank.change(remove, add, device, dtype)
 
     def offload_frozen(self, offload: Offload) -> None:
         """Frozen stacks that come from here on stay in CPU memory."""

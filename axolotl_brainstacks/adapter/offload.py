@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from axolotl_brainstacks.adapter.gating import times
+from axolotl_brainstacks.adapter.gating import matmul
 
 DECODER_LAYER = re.compile(r".*?\.\d+(?=\.)")
 
@@ -70,9 +70,9 @@ class Offload:
         self._here, self._copies = None, {}
 
     @torch.compiler.disable
-    def times(self, bank: Offloaded, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
-        """`gating.times` for one of `bank.matrices()`."""
-        result: Tensor = _Times.apply(x, y, partial(self._fetch, self._group_of[bank], matrix, x.device))  # type: ignore[no-untyped-call]
+    def matmul(self, bank: Offloaded, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
+        """`gating.matmul` for one of `bank.matrices()`."""
+        result: Tensor = _Matmul.apply(x, y, partial(self._fetch, self._group_of[bank], matrix, x.device))  # type: ignore[no-untyped-call]
         return result
 
     def _fetch(self, group: int, matrix: Tensor, device: torch.device) -> Tensor:
@@ -125,7 +125,7 @@ def _key(matrix: Tensor, device: torch.device) -> tuple[int, torch.Size, torch.d
     return matrix.data_ptr(), matrix.shape, device
 
 
-class _Times(torch.autograd.Function):
+class _Matmul(torch.autograd.Function):
     """Multiplication by a frozen matrix that is fetched for forward and again for backward, so that none is kept."""
 
     @staticmethod
@@ -133,7 +133,7 @@ class _Times(torch.autograd.Function):
         device = x.device.type
         ctx.fetch, ctx.added, ctx.dtype = fetch, y is not None, x.dtype
         ctx.computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return times(x, fetch(), y)
+        return matmul(x, fetch(), y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

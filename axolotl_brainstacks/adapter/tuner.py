@@ -189,13 +189,13 @@ class StackTuner(BaseTuner):
         for layer in self.brainstacks_layers():
             layer.offload_frozen(self._offload)
 
-    def keep_frozen_as(self, dtype: FrozenDtype) -> None:
+    def set_frozen_dtype(self, dtype: FrozenDtype) -> None:
         """Keep frozen stacks in this type from here on, None for the base model's. A library that is loaded sets its own.
 
         Raises:
             ValueError: if a stack is in memory already.
         """
-        self._check_none_is_held("keep_frozen_as")
+        self._check_none_is_held("set_frozen_dtype")
         self._frozen_dtype = None if dtype is None else getattr(torch, dtype)
         for layer in self.brainstacks_layers():
             layer.frozen_dtype = self._frozen_dtype
@@ -342,7 +342,7 @@ class StackTuner(BaseTuner):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:
-            self._batch.look_at(kwargs.get("attention_mask"))
+            self._batch.set_mask(kwargs.get("attention_mask"))
         return self._compute(*args, **kwargs)
 
     def _compute(self, *args: Any, **kwargs: Any) -> Any:

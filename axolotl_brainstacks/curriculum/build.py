@@ -23,7 +23,7 @@ from axolotl_brainstacks.serving.routes import load_router
 
 LOG = get_logger(__name__)
 
-TRAINED = "default"
+ADAPTER_NAME = "default"
 
 
 def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple[PeftModel, PeftConfig]:
@@ -54,13 +54,13 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
             raise ValueError(f"{plan.library_path} has no stacks to answer with: run `axolotl train`")
         if not plan.makes_router:
             load_router(answering)
-        return peft_model, peft_model.peft_config[TRAINED]
+        return peft_model, peft_model.peft_config[ADAPTER_NAME]
     config = stack_config(cfg, plan)
     peft_model = get_peft_model(model, config)
     check_targets(tuner(peft_model), config.target_modules)
     if plan.block.offload_frozen:
         tuner(peft_model).offload_frozen()
-    tuner(peft_model).keep_frozen_as(plan.block.frozen_dtype)  # `load_stages` has seen that the library's is the same
+    tuner(peft_model).set_frozen_dtype(plan.block.frozen_dtype)  # `load_stages` has seen that the library's is the same
     if Library.exists(plan.library_path):
         attach_library(tuner(peft_model), Library.open(plan.library_path), cfg.base_model)
     if is_main():

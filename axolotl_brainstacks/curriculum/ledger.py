@@ -17,7 +17,7 @@ from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.preflight import LibraryState
 from axolotl_brainstacks.curriculum.stages import DomainStage
 from axolotl_brainstacks.distributed import on_main
-from axolotl_brainstacks.evaluation import Row, check_vocabulary, pack_rows, unpack_rows
+from axolotl_brainstacks.evaluation import Example, check_vocabulary, pack_rows, unpack_rows
 from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord, replacement
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.library.manifest import ConstraintRecord
@@ -29,7 +29,7 @@ class Measured:
     """A domain's validation rows, and the stacks that were on when it was trained, its own included."""
 
     name: str
-    rows: list[Row]
+    rows: list[Example]
     context: list[str]
 
 
@@ -42,7 +42,7 @@ class Protected:
     """
 
     name: str
-    rows: list[Row]
+    rows: list[Example]
     stacks: list[str]
     columns: dict[str, Tensor] | None
 
@@ -129,10 +129,10 @@ class Ledger:
 
         return on_main(read)
 
-    def rows_of(self, domain: str) -> tuple[list[Row], list[Row]]:
+    def rows_of(self, domain: str) -> tuple[list[Example], list[Example]]:
         """The validation rows that a domain's losses are measured on, and the spare ones."""
 
-        def read() -> tuple[list[Row], list[Row]]:
+        def read() -> tuple[list[Example], list[Example]]:
             entry = self.library.manifest.domain(domain)
             rows = self._rows(entry)
             measured = len(rows) if entry.eval_rows is None else entry.eval_rows
@@ -140,7 +140,7 @@ class Ledger:
 
         return on_main(read)
 
-    def _rows(self, entry: DomainEntry) -> list[Row]:
+    def _rows(self, entry: DomainEntry) -> list[Example]:
         rows = unpack_rows(self.library.validation_of(entry), f"the validation rows of {entry.name}")
         check_vocabulary(rows, self.tuner.model, f"The validation rows of {entry.name}")
         return rows

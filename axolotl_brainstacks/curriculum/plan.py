@@ -43,7 +43,7 @@ class Plan:
         only.
 
         Raises:
-            ValueError: naming the key, its value, and the mend.
+            ValueError: naming the key, its value, and the fix.
         """
         check_refused(cfg)
         if cfg.get("rl"):

@@ -132,7 +132,7 @@ def check_library(plan: Plan) -> None:
             problems = library.damage()
     except OSError as error:
         raise ValueError(
-            f"The library {plan.library_path} cannot be read and written ({error}): mend that, or name another folder "
+            f"The library {plan.library_path} cannot be read and written ({error}): fix that, or name another folder "
             "in `brainstacks.library`"
         ) from error
     if problems:

@@ -26,7 +26,7 @@ from axolotl_brainstacks.calibration import (
     measure,
     merge_columns,
 )
-from axolotl_brainstacks.curriculum.build import TRAINED
+from axolotl_brainstacks.curriculum.build import ADAPTER_NAME
 from axolotl_brainstacks.curriculum.ledger import Protected
 from axolotl_brainstacks.curriculum.session import Session
 from axolotl_brainstacks.guarded import printable
@@ -55,7 +55,7 @@ def keep_out_of_others(session: Session, domain: str, rules: NullSpaceArgs, batc
         ValueError: if a projection has no direction left for `domain`.
     """
     if not rules.directions:
-        session.tuner.set_null_space(TRAINED, {})
+        session.tuner.set_null_space(ADAPTER_NAME, {})
         return {}
     # Fitted beyond the domain's own columns, the others' would not hold what they share with it.
     session.ledger.forget_columns(domain)
@@ -66,7 +66,7 @@ def keep_out_of_others(session: Session, domain: str, rules: NullSpaceArgs, batc
         others = session.ledger.others(domain)
     # What was fitted is read back, so that all ranks and all rounds have the same to the last bit.
     union = merge_columns(other.columns for other in others if other.columns)
-    session.tuner.set_null_space(TRAINED, union)
+    session.tuner.set_null_space(ADAPTER_NAME, union)
     return union
 
 
@@ -85,7 +85,7 @@ def check_columns(library: Library, tuner: StackTuner) -> None:
             for name, basis in columns.items():
                 if problem := _column_problem(basis, held.get(name, basis[:, :0]), outputs.get(name)):
                     raise ValueError(
-                        f"{library.path / entry.protection.file}: the columns of {printable(name)} {problem}: {library.mend}"
+                        f"{library.path / entry.protection.file}: the columns of {printable(name)} {problem}: {library.fix}"
                     )
             held = merge_columns([held, columns])
 

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from axolotl_brainstacks.curriculum.reward_check import checked
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE
-from axolotl_brainstacks.distributed import sharded, world
+from axolotl_brainstacks.distributed import rank, sharded
 
 
 def prepare_rl(trainer: Trainer, rl: str, seed: int, report: Callable[[str], None]) -> None:
@@ -52,7 +52,7 @@ def _evaluate_alike(trainer: Trainer, seed: int) -> None:
 
     def seeded(*args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng():
-            torch.manual_seed(seed + world()[0])  # the same prompt is answered on several ranks
+            torch.manual_seed(seed + rank())  # the same prompt is answered on several ranks
             return evaluate(*args, **kwargs)
 
     setattr(trainer, "evaluate", seeded)  # noqa: B010

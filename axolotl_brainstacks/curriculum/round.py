@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.tensors import OUTPUT
-from axolotl_brainstacks.curriculum.build import TRAINED
+from axolotl_brainstacks.curriculum.build import ADAPTER_NAME
 from axolotl_brainstacks.curriculum.engine import describe, release
 from axolotl_brainstacks.curriculum.guard import Guard, Objective, evaluation_figures, last_complete_checkpoint
 from axolotl_brainstacks.curriculum.metrics import name_metrics
@@ -32,7 +32,7 @@ from axolotl_brainstacks.curriculum.rl_checks import ONLINE
 from axolotl_brainstacks.curriculum.session import Session
 from axolotl_brainstacks.curriculum.stage_trainers import stage_trainers
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
-from axolotl_brainstacks.distributed import on_each_node, world
+from axolotl_brainstacks.distributed import on_each_node, world_size
 from axolotl_brainstacks.library import RoundRecord
 from axolotl_brainstacks.library.storage import full_disk_named, json_to_bytes, record_of
 
@@ -95,12 +95,12 @@ class Round(TrainerCallback):
 
     def _prepare_stack(self, seed: int) -> None:
         """A fresh stack with this stage's settings, on top of those that are on while the domain trains."""
-        config = self.model.peft_config[TRAINED]
+        config = self.model.peft_config[ADAPTER_NAME]
         assert isinstance(config, BrainstacksConfig)
         config.balance_coef = self.stage.block.balance_coef
         # Sampled answers have to come from the very policy whose probabilities are trained.
         config.noisy_gate = self.stage.block.noisy_gate and self.stage.rl not in ONLINE
-        self.tuner.reset_stack(TRAINED, seed)
+        self.tuner.reset_stack(ADAPTER_NAME, seed)
         self.tuner.use_stacks(self.ledger.context_of(self.stage.name))
 
     def _guard(self) -> Guard:
@@ -109,7 +109,7 @@ class Round(TrainerCallback):
         if self.stage.rl in ONLINE:
             objective = Objective("eval_reward", -1, rl.max_reward_drop, from_start=True, reason="reward collapse")
         loss_spike = rl.loss_spike if self.stage.rl else None
-        return Guard(self.tuner, TRAINED, rules.patience, objective, loss_spike, self._fingerprint())
+        return Guard(self.tuner, ADAPTER_NAME, rules.patience, objective, loss_spike, self._fingerprint())
 
     def _fingerprint(self) -> str:
         """What a checkpoint has to have in common with this round to be resumed from: SHA-256 of the library below the
@@ -121,7 +121,7 @@ class Round(TrainerCallback):
             "stacks": below["stacks"],
             "settings": self.stage.settings,
             "data": self.stage.data,
-            "processes": world()[1],
+            "processes": world_size(),
         }
         return record_of(json_to_bytes(parts)).sha256
 
@@ -195,7 +195,7 @@ class Round(TrainerCallback):
     def _judge(self, trainer: Trainer, cfg: DictDefault, guard: Guard) -> RoundRecord:
         """Freeze the stack and measure it as the library will hold it; keep it if it helped."""
         name = self.stage.name
-        tensors = self.tuner.export_stack(TRAINED)
+        tensors = self.tuner.export_stack(ADAPTER_NAME)
         record = RoundRecord(
             round=self.number,
             rl=self.stage.rl,
@@ -222,9 +222,9 @@ class Round(TrainerCallback):
             "best_eval_loss": guard.objective.sign * guard.best_loss,
         }
         frozen = self.ledger.next_stack_name(name)
-        config = self.model.peft_config[TRAINED]
+        config = self.model.peft_config[ADAPTER_NAME]
         assert isinstance(config, BrainstacksConfig)
-        self.tuner.reset_stack(TRAINED, cfg.seed)
+        self.tuner.reset_stack(ADAPTER_NAME, cfg.seed)
         self.tuner.attach_stack(frozen, name, config, tensors)
         self.tuner.use_stacks(self.ledger.context_of(name))
         with self.model.disable_adapter():

@@ -9,7 +9,7 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_brainstacks.curriculum.build import TRAINED, stand_for_library, tuner
+from axolotl_brainstacks.curriculum.build import ADAPTER_NAME, stand_for_library, tuner
 from axolotl_brainstacks.curriculum.engine import forwards
 from axolotl_brainstacks.curriculum.forgetting import forgetting_row
 from axolotl_brainstacks.curriculum.ledger import Ledger
@@ -45,7 +45,7 @@ def train_curriculum(run: TrainingRun, model: PeftModel, tokenizer: PreTrainedTo
         on_each_node(lambda: remove_leftovers(plan))
     # What Axolotl saves into output_dir is a PEFT folder that points at the library, without the fresh stack.
     session.tuner.use_stacks(None)
-    stand_for_library(model, TRAINED, plan.raw["base_model"], plan.library_from(output_dir))
+    stand_for_library(model, ADAPTER_NAME, plan.raw["base_model"], plan.library_from(output_dir))
 
 
 def train_domain(session: Session, domain: DomainStage) -> None:

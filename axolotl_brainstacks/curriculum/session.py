@@ -13,7 +13,7 @@ from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.args import SampleArgs
 from axolotl_brainstacks.curriculum.ledger import Ledger
 from axolotl_brainstacks.curriculum.signals import Interruption
-from axolotl_brainstacks.evaluation import Row, answer, mean_loss
+from axolotl_brainstacks.evaluation import Example, answer, mean_loss
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Session:
     output_dir: Path
     batch_size: int
 
-    def loss(self, rows: list[Row]) -> float:
+    def loss(self, rows: list[Example]) -> float:
         """Mean loss in nats per answer token, with the frozen stacks that are on."""
         return mean_loss(self.model, rows, self.batch_size)
 
-    def answers(self, rows: list[Row], domain: str, rules: SampleArgs) -> list[dict[str, Any]]:
+    def answers(self, rows: list[Example], domain: str, rules: SampleArgs) -> list[dict[str, Any]]:
         """Answers to the first prompts of a domain's `rows`, as the domain's stacks give them, beside what was expected."""
         asked = [row for row in rows if row.prompt_ids][: rules.prompts]
         if not asked:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_brainstacks.distributed import gather_objects, world
+from axolotl_brainstacks.distributed import gather_objects, world_size
 
 LOG = get_logger(__name__)
 
@@ -51,7 +51,7 @@ class Interruption(TrainerCallback):
             LOG.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if world()[1] > 1:
+        if world_size() > 1:
             # A launcher signals its processes one after another; they have to stop at the same step.
             votes = torch.tensor([self.received], device=args.device)
             dist.all_reduce(votes, dist.ReduceOp.MAX)

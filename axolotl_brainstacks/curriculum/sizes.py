@@ -21,7 +21,7 @@ from transformers import (
 
 from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.tensors import stack_tensors
-from axolotl_brainstacks.curriculum.build import TRAINED, stack_config, tuner
+from axolotl_brainstacks.curriculum.build import ADAPTER_NAME, stack_config, tuner
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.curriculum.plan import Plan
@@ -51,7 +51,7 @@ class Sizes:
         base = base_bytes(model, cfg)
         with torch.device("meta"):
             wrapped = tuner(get_peft_model(model, stack_config(cfg, plan)))
-        wrapped.keep_frozen_as(plan.block.frozen_dtype)
+        wrapped.set_frozen_dtype(plan.block.frozen_dtype)
         return cls(base, list(wrapped.brainstacks_layers()), str(cfg.optimizer))
 
     @cached_property
@@ -63,7 +63,7 @@ class Sizes:
     @property
     def frozen_stack(self) -> int:
         """One frozen stack in memory."""
-        return sum(layer.bank_bytes(layer.shapes[TRAINED]) for layer in self.layers)
+        return sum(layer.bank_bytes(layer.shapes[ADAPTER_NAME]) for layer in self.layers)
 
     @property
     def trained_stack(self) -> int:
@@ -77,7 +77,7 @@ class Sizes:
 
 
 def _weights(layer: BrainstacksLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    a, b = layer.trained(TRAINED)
+    a, b = layer.trained(ADAPTER_NAME)
     return a.weight, b.weight
 
 

@@ -22,8 +22,8 @@ from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs, explain
 from axolotl_brainstacks.curriculum.overlay import SAVING, overlaid, overlaid_rl
 from axolotl_brainstacks.curriculum.reward_check import check_rewards, load_reward_funcs
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE, check_generations, check_rows, rl_title
-from axolotl_brainstacks.distributed import world
-from axolotl_brainstacks.evaluation import IGNORED, Row, pack_rows
+from axolotl_brainstacks.distributed import world_size
+from axolotl_brainstacks.evaluation import IGNORED, Example, pack_rows
 from axolotl_brainstacks.library.storage import record_of
 
 LOG = get_logger(__name__)
@@ -76,8 +76,8 @@ class DomainStage(Stage):
     that there are enough to fit what protects the domain.
     """
 
-    rows: list[Row]
-    spare_rows: list[Row]
+    rows: list[Example]
+    spare_rows: list[Example]
     rl_rounds: list[Stage] = field(default_factory=list)
 
     @cached_property
@@ -164,7 +164,7 @@ def _configured(
         if cfg.val_set_size and cfg.val_set_size >= 1:
             cfg.val_set_size = int(cfg.val_set_size)  # Axolotl does so for supervised rows alone
         if training and entry.rl in ONLINE:
-            check_generations(cfg, world()[1], title)
+            check_generations(cfg, world_size(), title)
         rl_rounds.append(_Configured(title, keys, entry.brainstacks.over(settings), cfg))
     return _Configured(where, own, settings, validated(own, where)), rl_rounds
 
@@ -223,11 +223,11 @@ def rows_hash(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def answer_rows(dataset: Dataset, limit: int) -> list[Row]:
+def answer_rows(dataset: Dataset, limit: int) -> list[Example]:
     """The first rows with an answer."""
     rows = []
     for example in dataset:
-        row = Row(list(example["input_ids"]), list(example["labels"]))
+        row = Example(list(example["input_ids"]), list(example["labels"]))
         if any(label != IGNORED for label in row.labels[1:]):
             rows.append(row)
         if len(rows) == limit:

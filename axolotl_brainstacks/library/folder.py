@@ -183,19 +183,19 @@ class LibraryFolder:
 
     def _root_problems(self) -> list[str]:
         """What PEFT reads of the library's own folder: listed, whole, and standing for this library."""
-        mend = "run `axolotl train` on its YAML again, which writes it anew"
+        fix = "run `axolotl train` on its YAML again, which writes it anew"
         if problems := self._problems(self.manifest.root):
             return problems
         found = [file for file in (CONFIG, WEIGHTS) if (self.path / file).exists() and file not in self.manifest.root]
         if found:
-            return [f"{printable(self.path / file)} is unknown to {MANIFEST}: {mend}" for file in found]
+            return [f"{printable(self.path / file)} is unknown to {MANIFEST}: {fix}" for file in found]
         if CONFIG in self.manifest.root:
             try:
                 named = parse_json(read(self.path / CONFIG))["library"]
             except (OSError, ValueError, KeyError, TypeError):
                 named = None
             if named != ".":
-                return [f"{printable(self.path / CONFIG)} names the library {named!r} instead of '.': {mend}"]
+                return [f"{printable(self.path / CONFIG)} names the library {named!r} instead of '.': {fix}"]
         return []
 
     def _problem(self, file: str, record: FileRecord, verify: bool = True, pending: bool = True) -> str | None:
@@ -312,7 +312,7 @@ class LibraryFolder:
 
     def _checked(self, relative: str, record: FileRecord, verify: bool = True) -> Path:
         if problem := self._problem(relative, record, verify):
-            raise ValueError(f"{problem}: {self.mend}")
+            raise ValueError(f"{problem}: {self.fix}")
         return self.path / relative
 
     def _content(self, relative: str, record: FileRecord) -> bytes:
@@ -320,10 +320,10 @@ class LibraryFolder:
         try:
             return read_checked(self.path / relative, record)
         except ValueError as error:
-            raise ValueError(f"{error}: {self.mend}") from error
+            raise ValueError(f"{error}: {self.fix}") from error
 
     @property
-    def mend(self) -> str:
+    def fix(self) -> str:
         """What to do about a damaged file of a domain, to end a message with."""
         return (
             "restore the file from a copy of the library, or remove its domain with "

@@ -247,9 +247,9 @@ class Library(LibraryRecords):
         try:
             config = parse_json(content)
         except ValueError as error:
-            raise ValueError(f"{self.path / relative} is damaged ({error}): {self.mend}") from error
+            raise ValueError(f"{self.path / relative} is damaged ({error}): {self.fix}") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{self.path / relative} is damaged (it is no mapping): {self.mend}")
+            raise ValueError(f"{self.path / relative} is damaged (it is no mapping): {self.fix}")
         return config
 
     def stack_tensors(self, name: str, verify: bool = True) -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ class Library(LibraryRecords):
         columns = load_tensors(self._checked(entry.file, entry.record))
         for key, tensor in columns.items():
             if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.float().isfinite().all():
-                raise ValueError(f"{self.path / entry.file} has no columns of numbers in {printable(key)}: {self.mend}")
+                raise ValueError(f"{self.path / entry.file} has no columns of numbers in {printable(key)}: {self.fix}")
         return columns
 
     def validation(self, domain: str) -> bytes:

@@ -281,13 +281,13 @@ class Manifest(_Entry):
     @classmethod
     def parse(cls, content: bytes, path: Path) -> Self:
         """The manifest with this content; `path` is for errors. Raises as `read`."""
-        mend = "restore it from a copy of the library, or train into a new folder"
+        fix = "restore it from a copy of the library, or train into a new folder"
         try:
             data = parse_json(content)
             version = data["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
             reason = error if isinstance(error, ValueError) else "it has no schema_version"
-            raise ValueError(f"{path} is not the manifest of a library ({reason}): {mend}") from error
+            raise ValueError(f"{path} is not the manifest of a library ({reason}): {fix}") from error
         if type(version) is not int or version not in READABLE_VERSIONS:
             raise ValueError(
                 f"{path} has schema_version {printable(repr(version)[:100])}, and this axolotl-brainstacks reads up to "
@@ -298,7 +298,7 @@ class Manifest(_Entry):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "its entries"
-            raise ValueError(printable(f"{path} is damaged at {where} ({first['msg']}): {mend}")) from error
+            raise ValueError(printable(f"{path} is damaged at {where} ({first['msg']}): {fix}")) from error
 
     @property
     def files(self) -> dict[str, FileRecord]:

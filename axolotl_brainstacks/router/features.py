@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.tuner import StackTuner
+from axolotl_brainstacks.evaluation import evaluating
 
 MAX_TOKENS = 256
 MIDDLE_SHARE, LAST_SHARE = 0.45, 0.55
@@ -36,15 +37,10 @@ def base_features(
     """
     rows = [ids[mask][-max_tokens:] for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
     ids, mask = pad_right(rows)
-    with tuner.using_stacks([]), model.disable_adapter():
-        was_training = model.training
-        try:
-            model.eval()
-            output = tuner.model.get_decoder()(
-                input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, return_dict=True
-            )
-        finally:
-            model.train(was_training)
+    with tuner.using_stacks([]), model.disable_adapter(), evaluating(model):
+        output = tuner.model.get_decoder()(
+            input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, return_dict=True
+        )
     layers = output.hidden_states
     middle, last = (states.to(mask.device).float() for states in (layers[len(layers) // 2], output.last_hidden_state))
     return MIDDLE_SHARE * middle + LAST_SHARE * last, mask

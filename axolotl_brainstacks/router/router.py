@@ -120,26 +120,26 @@ class Router:
             ValueError: if there is none, it is stale, knows other domains than the library or has them in another order, or
                 its files are damaged, unlisted or do not fit each other.
         """
-        mend = "run `axolotl brainstacks-router` on its YAML"
+        fix = "run `axolotl brainstacks-router` on its YAML"
         entry, domains = library.manifest.router, routable_domains(library.manifest)
         if entry is None:
-            raise ValueError(f"{library.path} has no router: {mend}")
+            raise ValueError(f"{library.path} has no router: {fix}")
         if entry.stale:
-            raise ValueError(f"the router of {library.path} is stale, its domains have changed since: {mend} again")
+            raise ValueError(f"the router of {library.path} is stale, its domains have changed since: {fix} again")
         if entry.domains != domains:
             raise ValueError(
                 f"the router of {library.path} knows {', '.join(entry.domains) or 'no domain'}, but the library has "
-                f"{', '.join(domains) or 'no finished domain'}: {mend} again"
+                f"{', '.join(domains) or 'no finished domain'}: {fix} again"
             )
         try:
             config, weights = (_listed(library.path, entry, file) for file in (CONFIG, WEIGHTS))
             return cls._of(config, weights, domains)
         except _Damaged as error:
-            raise ValueError(f"{error}: {mend} again") from error
+            raise ValueError(f"{error}: {fix} again") from error
         # ValidationError and most others are ValueErrors; safetensors and deep JSON have their own.
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"the router of {library.path} is damaged or was written by another version ({printable(error)}): {mend} again"
+                f"the router of {library.path} is damaged or was written by another version ({printable(error)}): {fix} again"
             ) from error
 
     @classmethod

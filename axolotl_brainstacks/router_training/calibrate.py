@@ -12,15 +12,15 @@ from torch import Tensor
 
 from axolotl_brainstacks.args import GateArgs, RouterArgs
 from axolotl_brainstacks.router.thresholds import gate
-from axolotl_brainstacks.router_training.discovery import Found, row_key, set_weights
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.discovery import DiscoveryResult, row_key, set_weights
+from axolotl_brainstacks.router_training.measure import LossMeter
 
 THRESHOLDS = (0.05, 0.12, 0.2, 0.3, 0.5, 0.7)
 KINDS: tuple[Literal["soft", "hard"], ...] = ("soft", "hard")
 
 
 def calibrate(
-    meter: Meter, found: Sequence[Found], probabilities: Tensor, args: RouterArgs
+    meter: LossMeter, found: Sequence[DiscoveryResult], probabilities: Tensor, args: RouterArgs
 ) -> tuple[GateArgs, list[dict[str, Any]]]:
     """The configured gate with soft weights, unless another one has a clearly lower mean loss; then the lowest.
 
@@ -56,7 +56,7 @@ def clearly_lower(losses: Sequence[float], than: Sequence[float]) -> bool:
 
 
 def gate_losses(
-    meter: Meter, found: Sequence[Found], probabilities: Tensor, gates: Sequence[GateArgs]
+    meter: LossMeter, found: Sequence[DiscoveryResult], probabilities: Tensor, gates: Sequence[GateArgs]
 ) -> list[list[float]]:
     """Mean loss per answer token of each prompt under the weights of each gate, nats: a list of prompts for each gate.
 

@@ -23,15 +23,15 @@ from axolotl_brainstacks.plugin import BrainstacksPlugin
 from axolotl_brainstacks.router.router import routable_domains
 from axolotl_brainstacks.router_training import report
 from axolotl_brainstacks.router_training.data import load_samples, split
-from axolotl_brainstacks.router_training.measure import Meter
-from axolotl_brainstacks.router_training.pipeline import EVALUATION, made_before, make_router, origin
+from axolotl_brainstacks.router_training.measure import LossMeter
+from axolotl_brainstacks.router_training.pipeline import EVALUATION, inputs_digest, made_before, make_router
 
 
 def run(config: str) -> None:
     """Make the router of the library that the YAML `config` names. On every rank.
 
     Raises:
-        ValueError: for anything in the config, the library or the data that the user has to mend.
+        ValueError: for anything in the config, the library or the data that the user has to fix.
     """
     from axolotl.cli.config import load_cfg
     from axolotl.cli.utils import load_model_and_tokenizer
@@ -48,7 +48,7 @@ def run(config: str) -> None:
     domains = checked_domains(library, plan.block)
     samples = load_samples(plan, library, domains)
     split(samples, plan.block.router)
-    digest = origin(library, samples, plan.block.router)
+    digest = inputs_digest(library, samples, plan.block.router)
     check_same("The router's prompts", digest[:12], "give all nodes the same files")
     evaluation = on_main(lambda: made_before(library, digest))
     if evaluation is not None:
@@ -58,7 +58,7 @@ def run(config: str) -> None:
     base = None
     if library.manifest.base.weights is None:  # on every rank, because it may gather parameters
         base = BaseModelInfo.of(tuner(model).model, plan.raw["base_model"], plan.raw.get("revision_of_model"))
-    meter = Meter(
+    meter = LossMeter(
         model, tuner(model), domains, library.manifest.active_stacks, cfg.eval_batch_size or cfg.micro_batch_size
     )
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from axolotl_brainstacks.args import DomainArgs, RouterArgs
-from axolotl_brainstacks.evaluation import Row, pack_rows, unpack_rows
+from axolotl_brainstacks.evaluation import Example, pack_rows, unpack_rows
 from axolotl_brainstacks.library import DomainEntry, Library
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _ROWS_AT_ONCE = 1024
 class Sample:
     """A prompt with its answer. `labels`: the domains it was written for; none when that is not known."""
 
-    row: Row
+    row: Example
     source: str
     labels: tuple[str, ...]
 
@@ -63,7 +63,7 @@ def load_samples(plan: Plan, library: Library, domains: Sequence[str]) -> list[S
     trained = {prompt for stage in stages.values() for prompt in _prompts(stage)}
     samples = []
     for source in [*domains, *([MIXED] if args.mixed_datasets else [])]:
-        rows: Iterable[Row]
+        rows: Iterable[Example]
         if source in extra:
             rows = _drawn([extra[source].train_dataset, extra[source].eval_dataset], args.seed)
         elif source in stages:
@@ -96,7 +96,7 @@ def _overlay(name: str, overlay: dict[str, Any], datasets: list[dict[str, Any]])
     return DomainArgs.model_validate(kept | ours | {"name": name})
 
 
-def _rows(dataset: Dataset) -> Iterator[Row]:
+def _rows(dataset: Dataset) -> Iterator[Example]:
     """The rows with an answer; only some are in memory at a time."""
     from axolotl_brainstacks.curriculum.stages import answer_rows
 
@@ -130,7 +130,7 @@ def _digest(prompt: Sequence[int]) -> bytes:
     return hashlib.blake2b(array("q", prompt).tobytes(), digest_size=16).digest()
 
 
-def _drawn(datasets: Sequence[Dataset], seed: int) -> Iterator[Row]:
+def _drawn(datasets: Sequence[Dataset], seed: int) -> Iterator[Example]:
     from datasets import concatenate_datasets
 
     # Shuffled once over the whole: with more `samples` the first ones stay the same, and what was measured is kept.
@@ -157,7 +157,7 @@ def answering(library: Library, domain: str) -> DomainEntry:
     return entry.before or entry
 
 
-def _kept(library: Library, domain: str) -> list[Row]:
+def _kept(library: Library, domain: str) -> list[Example]:
     file = _file(domain)
     try:
         if (data := library.read_file(file)) is not None:
@@ -176,9 +176,9 @@ def _kept(library: Library, domain: str) -> list[Row]:
     return unpack_rows(library.validation_of(answering(library, domain)), f"the validation rows of {domain}")
 
 
-def _held_out(rows: Iterable[Row], trained: set[bytes], limit: int, source: str) -> list[Row]:
+def _held_out(rows: Iterable[Example], trained: set[bytes], limit: int, source: str) -> list[Example]:
     """The first different rows whose prompt is not in `trained`."""
-    kept: dict[tuple[tuple[int, ...], tuple[int, ...]], Row] = {}
+    kept: dict[tuple[tuple[int, ...], tuple[int, ...]], Example] = {}
     seen = dropped = 0
     for row in rows:
         seen += 1
@@ -273,7 +273,7 @@ def joined(samples: Sequence[Sample], count: int, seed: int | str) -> list[Sampl
         first, second = (rng.choice(by_domain[domain]) for domain in rng.sample(list(by_domain), 2))
         a, b = first.row, second.row
         i, j = len(a.prompt_ids), len(b.prompt_ids)
-        row = Row(
+        row = Example(
             a.prompt_ids + b.prompt_ids + a.input_ids[i:] + b.input_ids[j:],
             a.labels[:i] + b.labels[:j] + a.labels[i:] + b.labels[j:],
         )

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.distributed import is_main, on_main
-from axolotl_brainstacks.evaluation import Row
+from axolotl_brainstacks.evaluation import Example
 from axolotl_brainstacks.guarded import parse_json, printable
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.search import DomainSet, Search
 
 LOG = logging.getLogger(__name__)
@@ -35,14 +35,14 @@ BATCHES_PER_CHUNK = 8
 
 
 @dataclass
-class Found:
+class DiscoveryResult:
     """What discovery learned about one row.
 
     losses: mean losses per answer token, in nats, by set of domains. best, found_by: see `search.Choice`. base: the loss
     with no stack at all, which is not that of () when a domain has a floor; None until it is measured.
     """
 
-    row: Row
+    row: Example
     losses: dict[DomainSet, float]
     best: DomainSet = ()
     found_by: str = "base"
@@ -54,7 +54,7 @@ def set_weights(domain_set: DomainSet, domains: Sequence[str], floors: Mapping[s
     return torch.tensor([1.0 if domain in domain_set else floors.get(domain, 0.0) for domain in domains])
 
 
-def row_key(row: Row) -> str:
+def row_key(row: Example) -> str:
     """Names a row by its tokens."""
     return hashlib.sha256(json.dumps([row.input_ids, row.labels]).encode()).hexdigest()[:16]
 
@@ -123,7 +123,7 @@ class Records:
             self.rows[line.row] = line.model_dump() | {"base": base, "losses": self._named(losses)}
         return known
 
-    def write(self, found: Sequence[Found]) -> None:
+    def write(self, found: Sequence[DiscoveryResult]) -> None:
         """Add or replace the lines of these rows, atomically."""
         for item in found:
             key = row_key(item.row)
@@ -149,11 +149,11 @@ def _members(name: str) -> DomainSet:
 
 def discover(
     library: Library,
-    meter: Meter,
-    sources: Mapping[str, Sequence[Row]],
+    meter: LossMeter,
+    sources: Mapping[str, Sequence[Example]],
     args: RouterArgs,
     named: Mapping[str, Sequence[tuple[str, DomainSet]]] = MappingProxyType({}),
-) -> dict[str, list[Found]]:
+) -> dict[str, list[DiscoveryResult]]:
     """The best set of domains of each row of each source; on every rank, while the main one is writing the library.
 
     Args:
@@ -164,12 +164,12 @@ def discover(
         ValueError: if `search: exhaustive` has too many domains.
     """
     search = Search.of(meter.domains, args)
-    results: dict[str, list[Found]] = {}
+    results: dict[str, list[DiscoveryResult]] = {}
     records = {source: Records(library, source, meter.domains, args.floors) for source in sources}
     known = on_main(lambda: {source: record.read() for source, record in records.items()})
     without_stacks = torch.zeros(len(meter.domains))
 
-    def missing(item: Found) -> list[DomainSet | None]:
+    def missing(item: DiscoveryResult) -> list[DomainSet | None]:
         """The sets to measure next; None stands for the base."""
         choice = search.choose(item.losses, named.get(row_key(item.row), ()))
         item.best, item.found_by = choice.best, choice.found_by
@@ -184,10 +184,10 @@ def discover(
 
     with _Progress(sum(len({*map(row_key, rows)}) for rows in sources.values()), len(meter.domains)) as progress:
         for source, rows in sources.items():
-            distinct: dict[str, Found] = {}
+            distinct: dict[str, DiscoveryResult] = {}
             for row in rows:
                 losses, base = known[source].get(row_key(row), ({}, None))
-                distinct[row_key(row)] = Found(row, losses, base=base)
+                distinct[row_key(row)] = DiscoveryResult(row, losses, base=base)
             results[source] = [distinct[row_key(row)] for row in rows]
             by_length = sorted(distinct.values(), key=lambda item: len(item.row.input_ids))
             for start in range(0, len(by_length), BATCHES_PER_CHUNK * meter.batch_size):

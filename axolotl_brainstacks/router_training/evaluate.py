@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axolotl_brainstacks.router_training.data import MIXED, Sample
-from axolotl_brainstacks.router_training.discovery import Found
+from axolotl_brainstacks.router_training.discovery import DiscoveryResult
 from axolotl_brainstacks.router_training.search import DomainSet
 
 # base: no stack. ungated: all on. own_label: the domains that the prompt was written for. trained_with: those that were
@@ -19,7 +19,7 @@ ALL = "all domains"
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedPrompt:
     """An unseen prompt, its mean loss per answer token under each of `CHOICES` that there is, and whether the router
     claims it for no domain."""
 
@@ -29,7 +29,7 @@ class Judged:
 
 
 def summary(
-    judged: Sequence[Judged], samples: Sequence[Sample], found: Sequence[Found], has_floors: bool
+    judged: Sequence[EvaluatedPrompt], samples: Sequence[Sample], found: Sequence[DiscoveryResult], has_floors: bool
 ) -> dict[str, Any]:
     """Losses are means over unseen prompts, each of which counts alike.
 
@@ -42,7 +42,7 @@ def summary(
     for source in dict.fromkeys(j.sample.source for j in judged):
         losses[source] = _row([j for j in judged if j.sample.source == source])
     losses[ALL] = _row([j for j in judged if j.sample.source != MIXED])
-    by_source: dict[str, list[tuple[Sample, Found]]] = {}
+    by_source: dict[str, list[tuple[Sample, DiscoveryResult]]] = {}
     for sample, item in zip(samples, found, strict=True):
         by_source.setdefault(sample.source, []).append((sample, item))
     return {
@@ -63,7 +63,7 @@ def summary(
     }
 
 
-def _row(judged: Sequence[Judged]) -> dict[str, float | int]:
+def _row(judged: Sequence[EvaluatedPrompt]) -> dict[str, float | int]:
     row: dict[str, float | int] = {"prompts": len(judged), "uncovered": sum(j.uncovered for j in judged)}
     for choice in CHOICES:
         if all(choice in j.losses for j in judged):

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.tuner import StackTuner
-from axolotl_brainstacks.distributed import gather_objects, world
-from axolotl_brainstacks.evaluation import Batch, Row, batch_losses
+from axolotl_brainstacks.distributed import gather_objects, rank, world_size
+from axolotl_brainstacks.evaluation import Batch, Example, batch_losses, evaluating
 from axolotl_brainstacks.router.features import base_features, pad_right
 from axolotl_brainstacks.router.router import Stack, spread
 
@@ -21,10 +21,10 @@ def over_ranks[T, R](items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
 
     Every rank computes equally often, because a sharded model's forward is a collective; surplus results are dropped.
     """
-    rank, ranks = world()
+    own, ranks = rank(), world_size()
     mine: dict[int, R] = {}
     for turn in range(-(-len(items) // ranks)):
-        number = turn * ranks + rank
+        number = turn * ranks + own
         result = compute(items[min(number, len(items) - 1)])
         if number < len(items):
             mine[number] = result
@@ -33,7 +33,7 @@ def over_ranks[T, R](items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
 
 
 @dataclass
-class Meter:
+class LossMeter:
     """Measures rows under weights of domains.
 
     stacks: the library's stacks, in its order. batch_size: rows per forward. forwards: counted over all ranks.
@@ -47,7 +47,7 @@ class Meter:
     forwards: int = field(default=0, init=False)
 
     def losses(
-        self, rows: Sequence[Row], weights: Tensor, progress: Callable[[int], None] | None = None
+        self, rows: Sequence[Example], weights: Tensor, progress: Callable[[int], None] | None = None
     ) -> list[float]:
         """Mean loss per answer token of each row under its domain weights (rows, domains), nats. Equal on every rank.
 
@@ -59,15 +59,11 @@ class Meter:
         def compute(batch: list[int]) -> list[float]:
             losses = self._batch_losses(rows, weights, batch)
             if progress:
-                progress(len(batch) * world()[1])
+                progress(len(batch) * world_size())
             return losses
 
-        was_training = self.model.training
-        self.model.eval()
-        with self.model.disable_adapter():
-            losses = self._in_batches(order, compute)
-        self.model.train(was_training)
-        return losses
+        with evaluating(self.model), self.model.disable_adapter():
+            return self._in_batches(order, compute)
 
     def _in_batches[R](self, order: list[int], compute: Callable[[list[int]], list[R]]) -> list[R]:
         """`compute` of the items' numbers, in batches of neighbours in `order`; the results in the items' own order."""
@@ -77,7 +73,7 @@ class Meter:
         found = dict(zip(order, results, strict=True))
         return [found[i] for i in range(len(order))]
 
-    def _batch_losses(self, rows: Sequence[Row], weights: Tensor, batch: list[int]) -> list[float]:
+    def _batch_losses(self, rows: Sequence[Example], weights: Tensor, batch: list[int]) -> list[float]:
         names, factors = spread(weights[batch], self.domains, self.stacks)
         device = next(self.model.parameters()).device
         with self.tuner.using_stacks(names, factors.to(device)):

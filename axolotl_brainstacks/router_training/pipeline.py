@@ -25,10 +25,10 @@ from axolotl_brainstacks.router.router import Router, RouterConfig
 from axolotl_brainstacks.router.thresholds import gate
 from axolotl_brainstacks.router_training.calibrate import calibrate, gate_losses
 from axolotl_brainstacks.router_training.data import MIXED, Part, Sample, count_parts, joined_in_parts, keep_rows, split
-from axolotl_brainstacks.router_training.discovery import Found, discover, row_key
-from axolotl_brainstacks.router_training.evaluate import Judged, summary
+from axolotl_brainstacks.router_training.discovery import DiscoveryResult, discover, row_key
+from axolotl_brainstacks.router_training.evaluate import EvaluatedPrompt, summary
 from axolotl_brainstacks.router_training.fit import Prompts, Score, fit, probabilities, target
-from axolotl_brainstacks.router_training.measure import Meter
+from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.report import Shown, chart
 from axolotl_brainstacks.router_training.search import DomainSet, Search
 
@@ -39,7 +39,7 @@ EVALUATION = "router/evaluation.json"
 VERSION = 3
 
 
-def origin(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str:
+def inputs_digest(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str:
     """A digest of all that a router follows from: the stacks, the prompts, the settings."""
     stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.active_stacks]
     contexts = [[entry.name, *(entry.before or entry).context] for entry in library.manifest.domains]
@@ -80,14 +80,14 @@ def made_before(library: Library, origin: str) -> dict[str, Any] | None:
         return None
 
 
-def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args: RouterArgs) -> dict[str, Any]:
+def make_router(library: Library, meter: LossMeter, samples: Sequence[Sample], args: RouterArgs) -> dict[str, Any]:
     """Discover, fit, calibrate, evaluate and save; on every rank, while the main one is writing the library.
 
     Returns:
         The content of `router/evaluation.json`.
     """
     check_vocabulary((sample.row for sample in samples), meter.model, "The router's prompts")
-    made_from = origin(library, samples, args)
+    made_from = inputs_digest(library, samples, args)
     parts = split(samples, args)
     if not args.mixed_datasets:
         pairs, their_parts = joined_in_parts(samples, parts, args.mixed_pairs, args.seed)
@@ -155,7 +155,7 @@ def make_router(library: Library, meter: Meter, samples: Sequence[Sample], args:
 
 
 def _fitted(
-    meter: Meter, train: Prompts, validation: Prompts, test: Prompts, args: RouterArgs
+    meter: LossMeter, train: Prompts, validation: Prompts, test: Prompts, args: RouterArgs
 ) -> tuple[Router, list[Score], Tensor, Tensor]:
     """The router, its epochs' scores, and its probabilities (prompts, domains) for the validation and test parts."""
     device = next(meter.model.parameters()).device
@@ -175,14 +175,14 @@ def _fitted(
 
 
 def _judged(
-    meter: Meter,
+    meter: LossMeter,
     samples: Sequence[Sample],
-    found: Sequence[Found],
+    found: Sequence[DiscoveryResult],
     named: Sequence[Sequence[tuple[str, DomainSet]]],
     predicted: Tensor,
     chosen: GateArgs,
     args: RouterArgs,
-) -> list[Judged]:
+) -> list[EvaluatedPrompt]:
     """The unseen prompts' losses under all choices. On every rank."""
     soft, hard, router = gate_losses(meter, found, predicted, [args.gate("soft"), args.gate("hard"), chosen])
     uncovered = gate(predicted, meter.domains, chosen)[1].tolist()
@@ -200,11 +200,11 @@ def _judged(
         losses |= {name: item.losses[domain_set] for name, domain_set in sets.items()}
         losses |= {"soft": soft[number], "hard": hard[number], "router": router[number]}
         losses["discovered"] = measured[min(measured, key=lambda domain_set: search.cost(measured, domain_set))]
-        judged.append(Judged(sample, losses, uncovered[number]))
+        judged.append(EvaluatedPrompt(sample, losses, uncovered[number]))
     return judged
 
 
-def _passed(probabilities: Tensor, meter: Meter, args: ThresholdArgs) -> DomainSet:
+def _passed(probabilities: Tensor, meter: LossMeter, args: ThresholdArgs) -> DomainSet:
     """The domains that are on with hard weights, for a prompt's probabilities (domains,)."""
     passed = (probabilities >= args.gate_threshold).tolist()
     return tuple(domain for domain, on in zip(meter.domains, passed, strict=True) if on)

@@ -65,7 +65,7 @@ class LibraryTuner(StackTuner):
         library = Library.open(path)
         check_root(library)
         library.manifest.base.check(BaseModelInfo.of(self.model, model_name))
-        self.keep_frozen_as(library.manifest.frozen_dtype)
+        self.set_frozen_dtype(library.manifest.frozen_dtype)
         self.resident = ResidentStacks(self, library)
         self._settle_before_forwards()
         self.selection.stacks = tuple(FrozenStack(entry.name, entry.domain) for entry in library.manifest.active_stacks)

@@ -119,14 +119,14 @@ class ResidentStacks:
         leaving = {part.layer for name in gone for part in self._parts[name]}
         self._torn = True
         for layer in coming.keys() | leaving:
-            layer.hold(gone, coming.get(layer, []))
+            layer.update_bank(gone, coming.get(layer, []))
         self._used = used
         self._torn = False
 
     def _drop_all(self) -> None:
         """Empty the banks of what is the library's."""
         for layer in {part.layer for parts in self._parts.values() for part in parts}:
-            layer.hold(self._parts.keys(), [])
+            layer.update_bank(self._parts.keys(), [])
         self._used = {}
         self._torn = False
 

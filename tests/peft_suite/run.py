@@ -85,7 +85,7 @@ def insert_rows(path: Path, tables: dict[str, str]) -> None:
             missing.discard(name.id)
     if missing:
         raise SystemExit(
-            f"{path.name} of PEFT {version('peft')} has no {', '.join(sorted(missing))}: mend TABLES in rows.py"
+            f"{path.name} of PEFT {version('peft')} has no {', '.join(sorted(missing))}: fix TABLES in rows.py"
         )
     path.write_text("\n".join(lines) + "\n")
 
