@@ -1,6 +1,7 @@
 """Attacks on tiny libraries, by the thousand, as a table; and what opening and verifying a library of many stacks takes.
 
 python benchmarks/attack.py --count 300 --seed 7     # variants of each kind
+python benchmarks/attack.py --flips --count 5        # so many flipped bits in each file of a library: who notices
 python benchmarks/attack.py --stacks 500 1000        # libraries of so many tiny stacks
 """
 
@@ -19,7 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As in the tests: no network, and no process of its own for every small file of data.
+os.environ |= {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "AXOLOTL_TEE_STDOUT": "0",
+    "AXOLOTL_DATASET_NUM_PROC": "0",
+}
 
 OUTCOMES = {
     "refused": "refused cleanly",
@@ -117,9 +124,15 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=300, help="variants of each kind")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="what all variants follow from")
     parser.add_argument("--stacks", type=int, nargs="+", help="measure libraries of so many stacks instead")
+    parser.add_argument("--flips", action="store_true", help="flip `count` bits in every file instead")
     given = parser.parse_args()
     if given.stacks:
         scale(given.stacks)
+    elif given.flips:
+        from flips import flips
+
+        print(f"seed {given.seed}", flush=True)
+        flips(given.count, given.seed)
     else:
         print(f"seed {given.seed}")
         sys.exit(0 if attack(given.count, given.seed) else 1)

@@ -46,7 +46,7 @@ from axolotl_brainstacks.library import Library  # noqa: E402
 from axolotl_brainstacks.router_training.pipeline import EVALUATION  # noqa: E402
 
 # Lines of the log between which kills fall; without one, from the start, or until the end.
-BEGINS = {"rl": r"chat, round [23] starts", "router": r"Held-out prompts of `_mixed`"}
+BEGINS = {"rl": r"chat, round [23] starts", "router": r"discovery: "}
 ENDS = {"rl": r"Domain code \(2 of 2\)"}
 
 
@@ -255,11 +255,11 @@ def undisturbed(setting: Setting, temporary: Path) -> tuple[dict[str, Any], floa
         setting.wait_for_begin(processes, folder)
         begin = time.monotonic()
         setting.wait_for_end(processes, folder)
-        seconds = time.monotonic() - begin
+        seconds = max(seconds, time.monotonic() - begin)
         finish(processes, folder)
         results.append(setting.result(folder))
     assert results[0] == results[1], "two undisturbed runs make different libraries"
-    print(f"undisturbed: {seconds:.0f} s, {len(results[1]['hashes'])} files compared", flush=True)
+    print(f"undisturbed: {seconds:.1f} s, {len(results[1]['hashes'])} files compared", flush=True)
     return results[1], seconds
 
 

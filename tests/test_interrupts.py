@@ -119,6 +119,7 @@ def calls(model: PeftModel, prompts: list[Tensor]) -> dict[str, Callable[[], Any
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("offload", "tries"), [(False, 100), (True, 30)], ids=["", "offloaded"])
 def test_an_interrupted_answer_leaves_no_trace(
     base: LlamaForCausalLM, library: Library, prompts: list[Tensor], offload: bool, tries: int
@@ -232,6 +233,7 @@ def test_an_adapter_added_by_an_interrupted_load_is_never_silently_the_base(
         assert same(answers(model, prompts), expected), f"point {point}"
 
 
+@pytest.mark.slow
 def test_real_signals_at_any_time(base: LlamaForCausalLM, library: Library, prompts: list[Tensor]) -> None:
     """Also in the middle of a matrix product, whose end they wait for."""
     rng, model = Random(61), loaded(base, library)
