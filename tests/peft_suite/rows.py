@@ -128,7 +128,7 @@ CUSTOM_CLASSES = [BrainstacksConfig]
 TWO_ADAPTERS = [
     (
         f"Brainstacks {name}",
-        "brainstacks",
+        "stacks",
         BrainstacksConfig,
         {"target_modules": [first], "init_weights": False},
         {"target_modules": [second], "init_weights": False},
@@ -148,10 +148,12 @@ TABLES: dict[str, dict[str, str]] = {
     "test_encoder_decoder_models.py": {"ALL_CONFIGS": "ENCODER_DECODER"},
     "test_feature_extraction_models.py": {"ALL_CONFIGS": "FEATURES"},
     "test_seq_classifier.py": {"ALL_CONFIGS": "SEQUENCE_CLASSES"},
+    "test_torch_compile.py": {"SETTINGS": "COMPILED"},
     "test_token_classification_qa.py": {"TOKEN_CLS_CONFIGS": "TOKEN_CLASSES", "QA_CONFIGS": "QUESTIONS"},
 }
-# Files whose tests have no table: our names take the place of LoRA's.
+# Files with tests that have no table: our names take the place of LoRA's.
 STAND_IN = (
+    "test_custom_models.py",
     "test_helpers.py",
     "test_hub_features.py",
     "test_initialization.py",
