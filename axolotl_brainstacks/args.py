@@ -16,29 +16,39 @@ class _Strict(BaseModel):
 
 
 class BoostingArgs(_Strict):
-    """Inner loop: how many stacks a domain gets, and when a round ends early (arXiv 2604.01152, residual
-    boosting)."""
+    """How many stacks a domain gets, and when a round ends early (arXiv 2604.01152, residual boosting)."""
 
-    max_rounds: int = Field(default=2, ge=1, description="Most stacks per domain.")
-    min_loss_delta: float = Field(
-        default=0.002, ge=0, description="Stop when a round gains less validation loss than this."
+    max_rounds: int = Field(
+        default=2, ge=1, description="Largest number of supervised rounds, and so of stacks, per domain."
     )
-    patience: int = Field(default=4, ge=1, description="End a round after so many evaluations without gain.")
-    spike_threshold: float = Field(default=0.1, gt=0, description="End a round when the loss exceeds its best by this.")
+    min_loss_delta: float = Field(
+        default=0.002,
+        ge=0,
+        description="A round that lowers the validation loss by less than this is dropped, and is the domain's last.",
+    )
+    patience: int = Field(default=4, ge=1, description="A round ends after this many evaluations without a new best.")
+    spike_threshold: float = Field(
+        default=0.1, gt=0, description="A round ends when its validation loss exceeds its best by more than this."
+    )
 
 
 class NullSpaceArgs(_Strict):
-    """How far a domain is kept out of the directions of others."""
+    """How strictly a domain is kept out of the output directions that other domains use (arXiv 2604.01152, null space)."""
 
     directions: int = Field(
         default=64,
         ge=0,
-        description="Most columns that protect a domain, per projection; 0: it trains without regard to others. Default with "
-        "`context: isolated`: 0.",
+        description="Largest number of directions that protect one domain, per projection; 0: the domain trains without this "
+        "constraint. With `context: isolated` the default is 0.",
     )
-    samples: int = Field(default=400, ge=1, description="Validation rows of a domain to fit its columns on.")
+    samples: int = Field(
+        default=400, ge=1, description="Validation rows of a domain on which its directions are fitted."
+    )
     min_capacity: float = Field(
-        default=0.25, ge=0, le=1, description="Warn when a smaller share of a projection's output space is left."
+        default=0.25,
+        ge=0,
+        le=1,
+        description="A warning appears when a smaller share of a projection's output space is left.",
     )
 
 
@@ -49,9 +59,12 @@ class ThresholdArgs(_Strict):
         default=0.12,
         ge=0,
         le=1,
-        description="Domains below this probability stay off; `weights: auto` tries others too.",
+        description="Domains with a smaller probability stay off; `weights: auto` tries other thresholds, too.",
     )
-    floors: dict[str, float] = Field(default_factory=dict, description="Least weight of a domain.")
+    floors: dict[str, float] = Field(
+        default_factory=dict,
+        description="Smallest weight of each domain named, for every prompt, such as `{chat: 0.2}`.",
+    )
 
     @field_validator("floors")
     @classmethod
@@ -73,8 +86,8 @@ class CalibrationArgs(ThresholdArgs):
 
     weights: Literal["auto", "soft", "hard"] = Field(
         default="auto",
-        description="A domain that is on weighs its probability (`soft`) or 1 (`hard`); `auto`: this and the threshold, "
-        "as validation prompts are answered best.",
+        description="A domain that is on has its probability (`soft`) or 1 (`hard`) as its weight; `auto` chooses the kind of "
+        "weights and the threshold by the loss on validation prompts.",
     )
 
 
@@ -83,53 +96,72 @@ class DiscoveryArgs(_Strict):
 
     search: Literal["auto", "greedy", "exhaustive"] = Field(
         default="auto",
-        description="`greedy`: grow the set from the base and shrink it from all; `exhaustive`: try all 2^D (up to 8 "
-        "domains); `auto`: exhaustive up to 4 domains.",
+        description="How the best set of domains is searched for. `greedy` grows a set from the base model and shrinks one from "
+        "all domains; `exhaustive` tries all sets (up to 8 domains); `auto` is exhaustive up to 4 domains, else greedy.",
     )
-    samples: int = Field(default=200, ge=3, description="Most held-out prompts per domain.")
+    samples: int = Field(default=200, ge=3, description="Largest number of held-out prompts per domain.")
     min_gain: float = Field(
-        default=0.01, ge=0, description="Each domain of the best set, the first too, has to lower the loss by more."
+        default=0.01, ge=0, description="A domain joins the best set only if it lowers the loss by more than this."
     )
     soft_domains: list[str] = Field(
-        default_factory=list, description="Domains that count half when adding them to the best set helps at all."
+        default_factory=list,
+        description="Domains whose target is 0.5 when adding them to the best set lowers the loss, by however little.",
     )
-    label_blend: float = Field(default=0.2, ge=0, le=1, description="Share of a prompt's own domain in its target.")
+    label_blend: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Share of the prompt's own domain in its target; the measured set has the rest.",
+    )
     mixed_datasets: list[dict[str, Any]] | None = Field(
         default=None, description="Held-out prompts of several domains each, as ordinary entries of `datasets:`."
     )
     mixed_pairs: int = Field(
-        default=32, ge=0, description="Joined two-domain prompts, in all parts together, when none are named."
+        default=32,
+        ge=0,
+        description="Prompts made by joining two domains' prompts, when `mixed_datasets` names none.",
     )
 
 
 class FitArgs(_Strict):
     """The router's network and its training (arXiv 2604.01152, router)."""
 
-    width: int = Field(default=512, ge=2, description="Width of the projected tokens.")
+    width: int = Field(default=512, ge=2, description="Width of the router's network.")
     max_tokens: int = Field(
-        default=256, ge=1, description="Tokens of a prompt that the router reads, counted from its end."
+        default=256, ge=1, description="The router reads this many tokens from the end of a prompt."
     )
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="Of the router's network.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout of the router's network.")
     epochs: int = Field(default=8, ge=1, description="Passes over the router's training prompts.")
-    batch_size: int = Field(default=16, ge=1, description="Prompts per step of the router's fit.")
-    learning_rate: float = Field(default=8e-4, gt=0, description="Of the router's fit; AdamW, cosine.")
-    weight_decay: float = Field(default=0.01, ge=0, description="Of the router's fit.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Of the router's fit.")
-    confidence_coef: float = Field(default=0.05, ge=0, description="Weight of the penalty on undecided probabilities.")
-    confidence_margin: float = Field(default=0.3, ge=0, le=0.5, description="Undecided: closer to 0.5 than this.")
+    batch_size: int = Field(default=16, ge=1, description="Prompts per optimiser step of the router.")
+    learning_rate: float = Field(
+        default=8e-4, gt=0, description="Peak learning rate of the router (AdamW, cosine schedule)."
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of the router's optimiser.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradient norm at which the router's gradients are clipped."
+    )
+    confidence_coef: float = Field(default=0.05, ge=0, description="Weight of the penalty on probabilities near 0.5.")
+    confidence_margin: float = Field(
+        default=0.3, ge=0, le=0.5, description="Distance from 0.5 below which a probability is penalised."
+    )
     score: tuple[float, float, float] = Field(
         default=(0.50, 0.35, -0.15),
-        description="Weights of top-1, set match and BCE by which the best epoch is chosen.",
+        description="Weights of top-1 accuracy, set match and BCE in the score that chooses the best epoch.",
     )
     validation_share: float = Field(
-        default=0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch and the gate."
+        default=0.15, gt=0, lt=0.5, description="Share of the prompts on which epoch and gate are chosen."
     )
-    test_share: float = Field(default=0.15, gt=0, lt=0.5, description="Share of prompts never fitted on.")
-    seed: int = Field(default=42, description="Of the choice of prompts, the split and the fit.")
+    test_share: float = Field(
+        default=0.15,
+        gt=0,
+        lt=0.5,
+        description="Share of the prompts on which the router is evaluated, and nothing is fitted.",
+    )
+    seed: int = Field(default=42, description="Seed of the choice of prompts, of their split and of the fit.")
 
 
 class RouterArgs(CalibrationArgs, DiscoveryArgs, FitArgs):
-    """The `brainstacks.router:` block, flat."""
+    """How the router is made and how it weighs domains (arXiv 2604.01152, outcome router)."""
 
     def gate(self, weights: Literal["soft", "hard"] | None = None, threshold: float | None = None) -> GateArgs:
         """The gate of these settings, or with another kind of weights or threshold. `auto` is soft until calibrated."""
@@ -141,35 +173,39 @@ class RouterArgs(CalibrationArgs, DiscoveryArgs, FitArgs):
 
 
 class SampleArgs(_Strict):
-    """Answers written to report/samples.jsonl after every stack, to read what it learned."""
+    """Answers to validation prompts, written to `report/samples.jsonl` of the library after every stack."""
 
-    prompts: int = Field(default=2, ge=0, description="Validation prompts to answer; 0 turns samples off.")
-    max_new_tokens: int = Field(default=48, ge=1, description="Length of such an answer.")
+    prompts: int = Field(default=2, ge=0, description="Validation prompts to answer; 0 writes none.")
+    max_new_tokens: int = Field(default=48, ge=1, description="Largest number of tokens of such an answer.")
 
 
 class RLArgs(_Strict):
     """When a round of preference or reinforcement learning ends early, and when its stack is kept."""
 
     max_loss_increase: float = Field(
-        default=0.05, ge=0, description="Most by which a kept RL round may raise the domain's own validation loss."
+        default=0.05,
+        ge=0,
+        description="A round is dropped if it raises the domain's validation loss by more than this.",
     )
     max_reward_drop: float = Field(
-        default=0.2, gt=0, description="End a GRPO round when the held-out reward falls this far below its start."
+        default=0.2, gt=0, description="A GRPO round ends when the held-out reward falls this far below its start."
     )
     loss_spike: float = Field(
-        default=10.0, gt=0, description="End an RL round when a logged training loss exceeds its first by this."
+        default=10.0,
+        gt=0,
+        description="A round ends when a logged training loss exceeds the first one by more than this.",
     )
 
 
 class StageSettings(_Strict):
     """Keys of `brainstacks:` that may differ by domain, or by RL round; those left out keep the value above them."""
 
-    boosting: BoostingArgs | None = None
-    null_space: NullSpaceArgs | None = None
-    samples: SampleArgs | None = None
-    rl: RLArgs | None = None
-    balance_coef: float | None = Field(default=None, ge=0)
-    noisy_gate: bool | None = None
+    boosting: BoostingArgs | None = Field(default=None, description="As `brainstacks.boosting:`, key by key.")
+    null_space: NullSpaceArgs | None = Field(default=None, description="As `brainstacks.null_space:`, key by key.")
+    samples: SampleArgs | None = Field(default=None, description="As `brainstacks.samples:`, key by key.")
+    rl: RLArgs | None = Field(default=None, description="As `brainstacks.rl:`, key by key.")
+    balance_coef: float | None = Field(default=None, ge=0, description="As `brainstacks.balance_coef`.")
+    noisy_gate: bool | None = Field(default=None, description="As `brainstacks.noisy_gate`.")
 
     def over(self, block: BrainstacksBlock) -> BrainstacksBlock:
         """`block` with these values in place of its own; of a nested block only the keys that are given."""
@@ -187,20 +223,20 @@ class StageSettings(_Strict):
 class DomainSettings(StageSettings):
     """`brainstacks:` in a domain's entry."""
 
-    eval_rows: int | None = Field(default=None, ge=1)
+    eval_rows: int | None = Field(default=None, ge=1, description="As `brainstacks.eval_rows`.")
     router_datasets: list[dict[str, Any]] | None = Field(
         default=None,
-        description="Held-out rows for the router, as entries of `datasets:`; default: the domain's validation rows.",
+        description="Held-out rows for the router, as entries of `datasets:`; by default the domain's validation rows.",
     )
 
 
 class RLRoundArgs(BaseModel):
-    """An entry of `rl_rounds:`: the kind of learning, and any ordinary Axolotl keys that differ from the domain's."""
+    """One round after the domain's supervised ones, with any ordinary Axolotl keys that differ from the domain's."""
 
     model_config = ConfigDict(extra="allow")
 
-    rl: Literal["dpo", "ipo", "simpo", "orpo", "kto", "grpo", "gdpo"]
-    brainstacks: StageSettings = Field(default_factory=StageSettings)
+    rl: Literal["dpo", "ipo", "simpo", "orpo", "kto", "grpo", "gdpo"] = Field(description="The kind of learning.")
+    brainstacks: StageSettings = Field(default_factory=StageSettings, description="Settings of this round alone.")
 
     @property
     def overlay(self) -> dict[str, Any]:
@@ -212,9 +248,11 @@ class DomainArgs(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str
-    brainstacks: DomainSettings = Field(default_factory=DomainSettings)
-    rl_rounds: list[RLRoundArgs] = Field(default_factory=list)
+    name: str = Field(description="Lower-case letters, digits and _, a letter first, 32 characters at most.")
+    brainstacks: DomainSettings = Field(default_factory=DomainSettings, description="Settings of this domain alone.")
+    rl_rounds: list[RLRoundArgs] = Field(
+        default_factory=list, description="Rounds of preference or reinforcement learning, in order."
+    )
 
     @property
     def overlay(self) -> dict[str, Any]:
@@ -224,41 +262,46 @@ class DomainArgs(BaseModel):
 class BrainstacksBlock(_Strict):
     """The `brainstacks:` block."""
 
-    library: str | None = Field(default=None, description="Folder of the library; default output_dir/library.")
+    library: str | None = Field(
+        default=None, description="Folder of the library; by default `library` in `output_dir`."
+    )
     library_sha256: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
-        description="The SHA-256 that the library's manifest has to have, as `axolotl brainstacks-library LIB list` prints it.",
+        description="SHA-256 that the library's manifest must have; `axolotl brainstacks-library LIB list` prints it.",
     )
-    num_experts: int = Field(default=4, ge=1, description="Experts of a stack.")
-    top_k: int = Field(default=2, ge=1, description="Experts that a token uses.")
-    noisy_gate: bool = Field(default=True, description="Noise on the gates in training, of a learned size.")
+    num_experts: int = Field(default=4, ge=1, description="Experts per stack and projection.")
+    top_k: int = Field(default=2, ge=1, description="Experts per token.")
+    noisy_gate: bool = Field(default=True, description="Whether training adds noise of a learned size to the gates.")
     balance_coef: float = Field(default=0.01, ge=0, description="Weight of the load-balance loss; 0 turns it off.")
     context: Literal["curriculum", "isolated"] = Field(
-        default="curriculum", description="Whether earlier domains' stacks are on while a new one trains."
+        default="curriculum",
+        description="`curriculum`: earlier domains' stacks are on while a domain trains; `isolated`: only its own are.",
     )
     offload_frozen: bool = Field(
         default=False,
-        description="Keep frozen stacks in CPU memory; a layer's are copied to the GPU while the one before computes.",
+        description="Frozen stacks stay in CPU memory; each layer's are copied to the GPU while the layer before computes.",
     )
     frozen_dtype: FrozenDtype = Field(
         default=None,
-        description="`bfloat16`: over an fp32 base, frozen stacks in half the memory, and faster training where the CPU "
-        "multiplies bf16. Default: the base model's type. A library keeps what its first stack had.",
+        description="Type of frozen stacks in memory; by default the base model's. `bfloat16` over an fp32 base halves their "
+        "memory, and training is faster where the CPU multiplies bf16. All stacks of a library have one type.",
     )
     max_resident_bytes: int | None = Field(
-        default=None, ge=1, description="Most memory for stacks when answering; those used least recently leave first."
+        default=None, ge=1, description="Memory limit for stacks when answering; the least recently used leave first."
     )
     eval_rows: int = Field(
-        default=256, ge=1, description="Validation rows per domain kept in the library for measuring."
+        default=256, ge=1, description="Validation rows per domain on which all of its losses are measured."
     )
     boosting: BoostingArgs = Field(default_factory=BoostingArgs)
     null_space: NullSpaceArgs = Field(default_factory=NullSpaceArgs)
     router: RouterArgs = Field(default_factory=RouterArgs)
     samples: SampleArgs = Field(default_factory=SampleArgs)
     rl: RLArgs = Field(default_factory=RLArgs)
-    domain: str | None = Field(default=None, description="Train one domain on the top-level `datasets:`.")
-    domains: list[DomainArgs] | None = Field(default=None, description="The curriculum, in order.")
+    domain: str | None = Field(default=None, description="Name of one domain, trained on the top-level `datasets:`.")
+    domains: list[DomainArgs] | None = Field(
+        default=None, description="The curriculum in training order; either this or `domain`."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> BrainstacksBlock:

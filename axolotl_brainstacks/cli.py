@@ -43,7 +43,7 @@ def _open(ctx: click.Context) -> "Library":
 @click.argument("lib", type=click.Path(file_okay=False, path_type=Path))
 @click.pass_context
 def library(ctx: click.Context, lib: Path) -> None:
-    """Look after LIB, the folder that `brainstacks.library` names."""
+    """Inspect or change the library in LIB, the folder that `brainstacks.library` names."""
     ctx.obj = lib
 
 
@@ -52,8 +52,9 @@ def library(ctx: click.Context, lib: Path) -> None:
 def list_domains(ctx: click.Context) -> None:
     """Show every domain's state.
 
-    Loss: of the base, then after the last kept round. Capacity: the smallest share of output dimensions that was left
-    when it was trained.
+    Loss: validation loss of the base model -> after the last round that was kept. Capacity: smallest share of a
+    projection's output dimensions that other domains left free when the domain was trained. Also prints the SHA-256 of
+    the manifest.
     """
     from rich.console import Console
     from rich.table import Table
@@ -84,13 +85,13 @@ def list_domains(ctx: click.Context) -> None:
 
 
 @library.command()
-@click.option("--against", metavar="HASH", help="What the SHA-256 of the library's manifest has to be.")
+@click.option("--against", metavar="HASH", help="SHA-256 that the manifest must have.")
 @click.pass_context
 def verify(ctx: click.Context, against: str | None) -> None:
-    """Check every file against its SHA-256, and say which files have none.
+    """Check every file against its SHA-256, and list the files that have none.
 
     The hashes are in the manifest, whose own SHA-256 is printed: note it where nobody can change it, and give it with
-    --against. Exit status 1 when anything is wrong.
+    --against. The exit status is 1 when anything is wrong.
     """
     from axolotl_brainstacks.library import Library
 
@@ -119,7 +120,7 @@ def verify(ctx: click.Context, against: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_context
 def remove(ctx: click.Context, domain: str, yes: bool) -> None:
-    """Remove DOMAIN with its stacks; says first what else changes."""
+    """Remove DOMAIN and its stacks, after saying what else changes and asking."""
     with _open(ctx).writing() as opened:
         manifest = opened.manifest
         stacks = [stack.name for stack in manifest.stacks_of(domain)]
@@ -158,9 +159,9 @@ def _loss(loss: float) -> str:
 @click.option("--undo", is_flag=True, help="Put the domain back as it was, without the stacks trained since.")
 @click.pass_context
 def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
-    """Have the next `axolotl train` train DOMAIN again, in its place.
+    """Let the next `axolotl train` train DOMAIN again, in its place.
 
-    Its old stacks go on answering until the new ones are complete.
+    Its old stacks answer until the new ones are complete.
     """
     from axolotl_brainstacks.library import replacement
 
@@ -189,9 +190,9 @@ def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
 @click.option("--as", "renamed", multiple=True, metavar="NEW=OLD", help="Join OLD under another name; may be repeated.")
 @click.pass_context
 def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[str, ...]) -> None:
-    """Take over the finished domains of library OTHER, which was trained on the same base model.
+    """Copy the finished domains of library OTHER, which was trained on the same base model, into LIB.
 
-    A domain that was trained with stacks of another one on cannot be joined: see `context: isolated`.
+    A domain that was trained on top of another one's stacks cannot be joined: train with `context: isolated`.
     """
     from axolotl_brainstacks.library import Library
     from axolotl_brainstacks.library.joining import joined_names
@@ -223,11 +224,12 @@ def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[
     type=click.Choice(["accelerate", "torchrun", "python"]),
     default="python",
     show_default=True,
-    help="What starts the processes; its own arguments follow after `--`.",
+    help="Program that starts the processes; its own arguments follow after `--`.",
 )
 @click.pass_context
 def router(ctx: click.Context, config: str, launcher: str) -> None:
-    """Measure which stacks answer which prompts best, and fit the router of the library that CONFIG names."""
+    """Measure which domains' stacks help with which held-out prompts; fit, calibrate and evaluate the router of CONFIG's
+    library."""
     if launcher == "python":
         if ctx.args:
             raise click.UsageError(f"No such option or argument: {' '.join(ctx.args)}; settings belong into {config}")
@@ -252,7 +254,7 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
 @library.command()
 @click.pass_context
 def report(ctx: click.Context) -> None:
-    """Draw the library's figures anew, into LIB/report."""
+    """Write the report page and its charts again, into LIB/report."""
     from axolotl_brainstacks.library.report import PAGE, write_report
 
     with _open(ctx).writing() as opened:
@@ -263,12 +265,12 @@ def report(ctx: click.Context) -> None:
 @library.command("import")
 @click.argument("name")
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--base-model", help="Where the adapter's base model is, if not where its adapter_config.json says.")
+@click.option("--base-model", help="Folder or name of the base model, if not the one in adapter_config.json.")
 @click.pass_context
 def import_adapter(ctx: click.Context, name: str, adapter: Path, base_model: str | None) -> None:
     """Add the PEFT LoRA in folder ADAPTER as domain NAME.
 
-    Makes the library if there is none. To be routed to, the domain needs `datasets:` in the YAML.
+    A library that does not exist yet is created. Before the router can choose the domain, it needs `datasets:` in the YAML.
     """
     from axolotl_brainstacks.library.lora_import import import_lora
 

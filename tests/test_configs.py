@@ -8,7 +8,6 @@ import copy
 import functools
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,10 +27,10 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import SFTDataset
 from axolotl.utils.tee import close_debug_log
 from datasets import Dataset
+from documents import blocks
 from models import run_axolotl, tiny_llama
 from peft import PeftModel
 from processes import train, train_ranks
-from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from axolotl_brainstacks.args import BrainstacksBlock
@@ -238,26 +237,18 @@ def test_examples_have_no_key_that_axolotl_would_ignore(name: str) -> None:
             assert set(dataset) <= set(SFTDataset.model_fields)
 
 
-def documented(block: type[BaseModel] = BrainstacksBlock, prefix: str = "") -> Iterator[str]:
-    """The rows of README.md's table of keys."""
-    for name, field in block.model_fields.items():
-        kind, default = field.annotation, field.get_default(call_default_factory=True)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from documented(kind, f"{prefix}{name}.")
-        else:
-            shown = "" if default is None else f"`{json.dumps(default).replace('"', '')}`"
-            yield f"| `{prefix}{name}` | {shown} | {field.description} |"
+COMPLETE = [text for _, text in blocks("yaml") if "base_model:" in text]
 
 
-def test_the_readme_lists_every_key_and_its_config_is_valid(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    readme = (FOLDER.parent / "README.md").read_text()
-    table = readme.partition("| key of `brainstacks:` | default | |\n| --- | --- | --- |\n")[2].partition("\n\n")[0]
-    assert table.splitlines() == list(documented())
-
-    config = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
+@pytest.mark.parametrize("text", COMPLETE)
+def test_complete_configs_in_the_documents_are_valid(text: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(text)
+    assert set(config) - {"brainstacks"} <= set(AxolotlInputConfig.model_fields)
+    names = [entry["name"] for entry in config["brainstacks"]["domains"]]
     config |= {"base_model": str(tiny_llama_dir), "output_dir": str(tmp_path)}
+    config["brainstacks"]["library"] = str(tmp_path / "library")
     _, plan = load(config)
-    assert [domain.name for domain in plan.block.curriculum] == ["chat", "code"]
+    assert [domain.name for domain in plan.block.curriculum] == names
     for domain in plan.block.curriculum:
         stage_config(plan.raw, domain)
 

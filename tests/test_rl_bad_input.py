@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from documents import blocks
 from preferences import labelled, pairs
 from test_bad_input import assert_refused, config, last_domain, start, trained  # noqa: F401
 
@@ -123,10 +124,9 @@ def test_what_is_right_is_accepted(config: dict[str, Any], tmp_path: Path) -> No
     start(config)
 
 
-def test_the_readme_shows_a_domain_that_is_accepted() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (shown,) = [part for part in readme.split("```") if part.startswith("yaml") and "rl_rounds" in part]
-    block = BrainstacksBlock.parse({"domains": yaml.safe_load(shown.removeprefix("yaml"))})
+def test_the_documents_show_a_domain_that_is_accepted() -> None:
+    (shown,) = [text for page, text in blocks("yaml") if page.name == "rl.md"]
+    block = BrainstacksBlock.parse({"domains": yaml.safe_load(shown)})
     (math,) = block.curriculum
     check_overlay(math)
     assert [entry.rl for entry in math.rl_rounds] == ["dpo", "grpo"]
