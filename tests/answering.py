@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from routed import VOCABULARY, new_library, tiny_base
+from seeds import seeded_random
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -33,7 +34,8 @@ def random_router(
         domains=domains, features=features, width=16, dropout=0.0,
         gate=GateArgs(gate_threshold=0.5, weights=weights, floors=floors or {}),
     )  # fmt: skip
-    router = Router.fresh(config, seed=Random(seed).randrange(2**30))
+    rng = seeded_random() if seed is None else Random(seed)
+    router = Router.fresh(config, seed=rng.randrange(2**30))
     with torch.no_grad():
         router.network.domain_queries.mul_(6)
         router.network.outputs.weight.mul_(30)
@@ -69,7 +71,7 @@ def model(load: Callable[..., PeftModel]) -> PeftModel:
 
 def some_prompts(count: int, length: int | None = None) -> list[Tensor]:
     """Random prompts without the padding token, of 3 to 20 tokens unless `length` says."""
-    return [torch.randint(1, VOCABULARY, (length or Random().randint(3, 20),)) for _ in range(count)]
+    return [torch.randint(1, VOCABULARY, (length or seeded_random().randint(3, 20),)) for _ in range(count)]
 
 
 def own_stacks(library: Library, *domains: str) -> list[str]:

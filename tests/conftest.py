@@ -1,4 +1,7 @@
-"""Fixtures of many tests: model folders and the demo's data, made once into the ignored ``.demo`` folder; a small disk."""
+"""What holds for every test: its seed, its tier, an end to the processes that it started. Fixtures of many tests.
+
+Model folders and the demo's data are made once, into the ignored ``.demo`` folder.
+"""
 
 import os
 import subprocess
@@ -19,8 +22,45 @@ os.environ |= {
 
 from models import tiny_llama  # noqa: E402
 from prepare_demo import prepare_data, prepare_model  # noqa: E402
+from processes import kill_children  # noqa: E402
+from seeds import VARIABLE, seed_everything  # noqa: E402
+from tiers import tier  # noqa: E402
 
 DEMO = REPO / ".demo"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by these markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            item.add_marker(tier(item))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    """A fixture of a module is the same whichever of its tests is the first to ask for it."""
+    # `param_index` is of fixtures with `params`, or those that a test parametrizes.
+    parameter = getattr(request, "param_index", 0)
+    seed_everything(f"{request.node.nodeid} {fixturedef.argname} {parameter}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    seed_everything(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        report.sections.append(("Random numbers", f"{VARIABLE}={os.environ[VARIABLE]}"))
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    kill_children()
 
 
 @pytest.fixture(scope="session")

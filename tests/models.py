@@ -3,9 +3,11 @@
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -136,7 +138,7 @@ def run_axolotl(
 
     ``timeout`` is in seconds; ``expect`` is the exit status to insist on, None for "any but 0".
     """
-    done = subprocess.run(
+    process = subprocess.Popen(
         [Path(sys.executable).with_name("axolotl"), *args],
         cwd=cwd,
         env=cli_environment(env),
@@ -144,9 +146,15 @@ def run_axolotl(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        start_new_session=True,  # so that what a launcher started can be killed with it
     )
-    as_expected = done.returncode != 0 if expect is None else done.returncode == expect
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    as_expected = process.returncode != 0 if expect is None else process.returncode == expect
     command = " ".join(map(str, args))
-    assert as_expected, f"axolotl {command}: exit status {done.returncode}\n{done.stdout[-6000:]}"
-    return done.stdout
+    assert as_expected, f"axolotl {command}: exit status {process.returncode}\n{printed[-6000:]}"
+    return printed

@@ -6,10 +6,12 @@ appended to one log file.
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def _run(command: Command, config: str, log: str, environment: dict[str, str]) -> None:
+    os.setsid()  # a process group of its own: `kill_children` ends the data loaders' workers too
     # A child of the fork server would start its data loaders' workers from scratch; Axolotl's own processes fork them.
     multiprocessing.set_start_method("fork", force=True)
     with Path(log).open("ab", buffering=0) as file:
@@ -43,6 +46,17 @@ def _run(command: Command, config: str, log: str, environment: dict[str, str]) -
         from axolotl_brainstacks.router_training.command import run
 
         run(config)
+
+
+def kill_children() -> None:
+    """Kill the processes that `multiprocessing` started here and that still run, with the process groups they lead."""
+    for process in multiprocessing.active_children():
+        if (pid := process.pid) is None:
+            continue
+        with suppress(ProcessLookupError):
+            kill = os.killpg if os.getpgid(pid) == pid else os.kill
+            kill(pid, signal.SIGKILL)
+        process.join()
 
 
 def write_config(config: dict[str, Any], folder: Path) -> Path:

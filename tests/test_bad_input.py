@@ -24,6 +24,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.tee import close_debug_log
 from models import base_config, chat_dataset, run_axolotl, tiny_llama, write_rows
 from processes import finish, start_train, train, wait_for
+from seeds import seeded_random
 
 from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.library import Library
@@ -251,7 +252,7 @@ def test_a_damaged_stack(config: dict[str, Any]) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert_refused(config, rf"{re.escape(str(path))} is truncated .*restore the file from a copy, or remove its domain")
-    at = Random().randrange(len(whole))
+    at = seeded_random().randrange(len(whole))
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     assert_refused(config, rf"{re.escape(str(path))} is altered")
     path.unlink()

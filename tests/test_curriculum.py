@@ -12,6 +12,7 @@ from base_models import make_old
 from models import base_config, chat_dataset
 from peft import PeftModel
 from processes import train
+from seeds import seeded_random
 from transformers import AutoModelForCausalLM
 
 from axolotl_brainstacks.adapter.nullspace import leakage
@@ -158,7 +159,7 @@ def test_a_finished_curriculum_is_not_trained_again(run: tuple[dict[str, Any], P
 def test_one_domain_goes_onto_an_existing_library(
     run: tuple[dict[str, Any], Path, str], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    rows = write_domain(tmp_path / "legal.jsonl", "legal", 40, Random())
+    rows = write_domain(tmp_path / "legal.jsonl", "legal", 40, seeded_random())
     path = run[1] / "out" / "library"
     config = base_config(
         tiny_llama_dir, tmp_path / "out", adapter="brainstacks", datasets=[chat_dataset(rows)], val_set_size=0.2,

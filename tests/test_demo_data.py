@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 import torch
 from demo_domains import DOMAINS, MAX_TOKENS, TEMPLATE_TOKENS, TEST_ROWS, TRAIN_ROWS, clean, prompt_key, split
 from models import cli_environment
+from seeds import seeded_random
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "example_configs" / "prepare_demo.py"
@@ -75,7 +75,7 @@ def test_rows_are_short_clean_and_enough(demo_data_dir: Path, smollm2_dir: Path,
 
 
 def test_stripping_leaves_the_words_and_no_template_token() -> None:
-    rng = Random()
+    rng = seeded_random()
     words = [f"word{rng.randrange(10**6)}" for _ in TEMPLATE_EXAMPLES]
     for token in TEMPLATE_EXAMPLES:
         assert clean(f"one {token} two").split() == ["one", "two"], token
@@ -88,7 +88,7 @@ def test_stripping_leaves_the_words_and_no_template_token() -> None:
 
 
 def test_split_keeps_every_answer_of_a_prompt_on_one_side() -> None:
-    rng = Random()
+    rng = seeded_random()
     prompts = [f"Question {rng.randrange(10**9)} {n}" for n in range(TEST_ROWS + 40)]
     forms: list[Callable[[str], str]] = [str, str.upper, "{}?".format]
     pairs = [(form(p), f"answer {n} to {p}") for n, form in enumerate(forms) for p in prompts]
@@ -104,9 +104,9 @@ def test_data_and_model_are_repaired_and_the_same_again(tmp_path: Path, demo_dat
     shutil.copytree(smollm2_dir, tmp_path / smollm2_dir.name, copy_function=os.symlink)
     shutil.copytree(demo_data_dir, tmp_path / "data")
     (tmp_path / ".data.partial" / "chat").mkdir(parents=True)
-    damaged = tmp_path / "data" / Random().choice(list(DOMAINS)) / "train.jsonl"
+    damaged = tmp_path / "data" / seeded_random().choice(list(DOMAINS)) / "train.jsonl"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    done = run_script(tmp_path, PYTHONHASHSEED=str(Random().randrange(2**32)))
+    done = run_script(tmp_path, PYTHONHASHSEED=str(seeded_random().randrange(2**32)))
     assert done.returncode == 0, done.stderr
     assert file_bytes(tmp_path / "data") == file_bytes(demo_data_dir)
     assert {p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")} == {"data", smollm2_dir.name}

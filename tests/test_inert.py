@@ -4,11 +4,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
-from random import Random
 
 import pytest
 import yaml
 from models import base_config, chat_dataset, run_axolotl, write_rows
+from seeds import seeded_random
 
 from axolotl_brainstacks.plugin import check_axolotl
 
@@ -68,7 +68,7 @@ def reported(folder: Path, program: str) -> tuple[set[str], bool]:
 
 
 def test_plain_lora_trains_as_without_us(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", 24, Random())
+    rows = write_rows(tmp_path / "rows.jsonl", 24, seeded_random())
 
     def run(name: str, prologue: str) -> tuple[list[float], bytes, tuple[set[str], bool]]:
         folder = tmp_path / name

@@ -7,12 +7,12 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 from agreement import with_engine
 from processes import start_ranks, start_train, train, train_ranks, wait_for
+from seeds import seeded_random
 from test_curriculum import curriculum_config
 
 from axolotl_brainstacks.library import Library
@@ -58,7 +58,7 @@ def test_killed_runs_finish_with_the_same_library(
     config = config | {"output_dir": str(tmp_path / "out")}
     for _ in range(2):
         process = start_train(config, tmp_path)
-        process.join(Random().uniform(0.2, 1.0) * seconds)
+        process.join(seeded_random().uniform(0.2, 1.0) * seconds)
         process.kill()
         process.join()
         if Library.exists(tmp_path / "out" / "library"):

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from routed import new_library, tuner_of
+from seeds import seeded_random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +42,7 @@ def library(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> L
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskManager, list[dict[str, Any]]]:
     """Twelve questions with four choices of differing length."""
-    folder, rng = tmp_path_factory.mktemp("task"), Random()
+    folder, rng = tmp_path_factory.mktemp("task"), seeded_random()
     rows = [
         {
             "question": f"Reverse {''.join(rng.choices('abcdef', k=rng.randint(2, 9)))}:",

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from processes import finish, start_train, train
 from routed import VOCABULARY, new_library, tiny_base, tuner_of
 from safetensors.torch import load_file, save_file
+from seeds import seeded_random
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from wrapped import assert_near
@@ -130,7 +131,7 @@ def test_an_adapter_in_half_precision_comes_in_as_peft_reads_it(base_dir: Path, 
 
 
 def test_imported_domains_are_routed_among(base_dir: Path, tmp_path: Path) -> None:
-    loras = {name: save_lora(tmp_path / name, base_dir, r=Random().randint(2, 6)) for name in ("poems", "sums")}
+    loras = {name: save_lora(tmp_path / name, base_dir, r=seeded_random().randint(2, 6)) for name in ("poems", "sums")}
     library = new_library(tmp_path / "library", fresh_base(base_dir), ["chat"])
     base = make_old(library)
     gate = GateArgs(gate_threshold=0.5, weights="hard")

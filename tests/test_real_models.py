@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from models import base_config
 from peft import PeftModel
@@ -44,6 +45,7 @@ def real_config(model: Path, data: Path, output: Path, domains: list[str], **ove
     return config | overrides
 
 
+@pytest.mark.timeout(1500)
 def test_smollm2_learns_in_4_bit(smollm2_dir: Path, demo_data_dir: Path, tmp_path: Path) -> None:
     """Two steps: without a kernel for it, a CPU unpacks every weight in every forward."""
     config = real_config(

@@ -5,7 +5,6 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from answering import load as load
 from answering import model as model
 from peft import PeftModel
 from routed import add_domain, new_library, tuner_of
+from seeds import seeded_random
 from transformers import AutoTokenizer, LlamaForCausalLM, TextIteratorStreamer
 
 from axolotl_brainstacks.library import Library
@@ -130,13 +130,14 @@ def test_the_order_in_which_stacks_came_leaves_no_trace(
     ids = torch.stack(some_prompts(3, 8))
     with torch.no_grad():
         everything(ids)
+        rng = seeded_random()
         for _ in range(12):
-            names = Random().sample(["a", "b", "c", "d", "e"], Random().randint(1, 4))
+            names = rng.sample(["a", "b", "c", "d", "e"], rng.randint(1, 4))
             piecemeal = load(library.path)
-            for name in Random().sample(names, len(names)):
+            for name in rng.sample(names, len(names)):
                 with tuner_of(piecemeal).routed(domains={name: 1.0}):
                     piecemeal(ids[:1])
-            weights = {name: Random().random() for name in names}
+            weights = {name: rng.random() for name in names}
             logits = []
             for model in (everything, piecemeal):
                 with tuner_of(model).routed(domains=weights):

@@ -20,6 +20,7 @@ from peft import PeftModel
 from processes import finish, start_train
 from rich.console import Console
 from routed import add_domain, meter_of, new_library, random_rows, tiny_base
+from seeds import seeded_random
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks import cli
@@ -46,7 +47,7 @@ def base() -> PreTrainedModel:
 
 
 def some_samples(count: int = 24) -> list[Sample]:
-    return [Sample(row, name, (name,)) for name in DOMAINS for row in random_rows(count, Random())]
+    return [Sample(row, name, (name,)) for name in DOMAINS for row in random_rows(count, seeded_random())]
 
 
 def make(library: Library, meter: LossMeter, samples: list[Sample], **settings: Any) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def test_named_weights_keep_the_configured_threshold(base: PreTrainedModel, tmp_
 
 
 def test_the_same_seed_gives_the_same_files(base: PreTrainedModel, tmp_path: Path) -> None:
-    seed, samples, contents = Random().randrange(10**6), some_samples(8), []
+    seed, samples, contents = seeded_random().randrange(10**6), some_samples(8), []
     for name in ("one", "two"):
         torch.manual_seed(seed)
         library = new_library(tmp_path / name, base, DOMAINS)
@@ -375,7 +376,7 @@ def test_a_library_without_stacks(tiny_llama_dir: Path, tmp_path: Path) -> None:
 
 def test_a_config_of_another_adapter(tiny_llama_dir: Path, tmp_path: Path) -> None:
     content = base_config(tiny_llama_dir, tmp_path / "out", adapter="lora")
-    content["datasets"] = [chat_dataset(write_rows(tmp_path / "rows.jsonl", 3, Random()))]
+    content["datasets"] = [chat_dataset(write_rows(tmp_path / "rows.jsonl", 3, seeded_random()))]
     assert_refused(content, tmp_path, "does not say `adapter: brainstacks`")
 
 
@@ -391,5 +392,5 @@ def test_a_domain_that_has_no_prompts_anywhere(tiny_llama_dir: Path, tmp_path: P
     base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     library = new_library(tmp_path / "library", base, [])
     for name in ("chat", "law"):
-        add_domain(library, base, name, rows=random_rows(5, Random()) if name == "chat" else ())
+        add_domain(library, base, name, rows=random_rows(5, seeded_random()) if name == "chat" else ())
     assert_refused(config(tmp_path, tiny_llama_dir, library.path), tmp_path, "`law` of .* has no prompts to measure on")

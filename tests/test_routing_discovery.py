@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from routed import add_domain, meter_of, new_library, random_rows, tiny_base
+from seeds import seeded_random
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from axolotl_brainstacks.args import RouterArgs
@@ -89,7 +90,7 @@ def assert_as_in_a_loop(meter: LossMeter, found: list[DiscoveryResult]) -> int:
 def test_batched_discovery_finds_what_a_loop_over_rows_and_sets_finds(base: LlamaForCausalLM, tmp_path: Path) -> None:
     library = new_library(tmp_path / "library", base, FIVE, stacks=2)
     meter = meter_of(library, base, batch_size=8)
-    found = run(library, meter, random_rows(24, Random()))
+    found = run(library, meter, random_rows(24, seeded_random()))
     counted = meter.forwards
     needed = assert_as_in_a_loop(meter, found)
     assert counted * 5 <= needed, f"{counted} forwards, the loop needs {needed}"
@@ -117,7 +118,7 @@ def test_the_same_on_a_pretrained_model(smollm2_dir: Path, tmp_path: Path) -> No
 def test_exhaustive_measures_every_set(base: LlamaForCausalLM, tmp_path: Path) -> None:
     library = new_library(tmp_path / "library", base, FIVE[:3])
     meter = meter_of(library, base)
-    rows = random_rows(12, Random())
+    rows = random_rows(12, seeded_random())
     grown = run(library, meter, rows)
     after_greedy = meter.forwards
     best = run(library, meter, rows, search="exhaustive")
@@ -131,7 +132,7 @@ def test_exhaustive_measures_every_set(base: LlamaForCausalLM, tmp_path: Path) -
 
 def test_records_tell_every_loss_and_a_second_run_measures_nothing(base: LlamaForCausalLM, tmp_path: Path) -> None:
     library = new_library(tmp_path / "library", base, FIVE[:3])
-    rows = random_rows(9, Random())
+    rows = random_rows(9, seeded_random())
     found = run(library, meter_of(library, base), rows)
     lines = [json.loads(line) for line in records(library).splitlines()]
     stacks = {name: [f"s00{i}_{name}"] for i, name in enumerate(FIVE[:3], start=1)}
@@ -148,7 +149,7 @@ def test_records_tell_every_loss_and_a_second_run_measures_nothing(base: LlamaFo
 
 
 def test_two_libraries_of_the_same_stacks_get_the_same_records(base: LlamaForCausalLM, tmp_path: Path) -> None:
-    rows, seed = random_rows(20, Random()), Random().randrange(10**6)
+    rows, seed = random_rows(20, seeded_random()), seeded_random().randrange(10**6)
     texts = []
     for name in ("one", "two"):
         torch.manual_seed(seed)
@@ -160,7 +161,7 @@ def test_two_libraries_of_the_same_stacks_get_the_same_records(base: LlamaForCau
 
 def test_a_new_domain_measures_only_sets_that_contain_it(base: LlamaForCausalLM, tmp_path: Path) -> None:
     library = new_library(tmp_path / "library", base, FIVE[:2])
-    rows = random_rows(16, Random())
+    rows = random_rows(16, seeded_random())
     first = run(library, meter_of(library, base), rows, search="exhaustive")
     add_domain(library, base, "math")
     library = Library.open(library.path)
@@ -173,7 +174,7 @@ def test_a_new_domain_measures_only_sets_that_contain_it(base: LlamaForCausalLM,
 
 def test_a_domain_trained_anew_is_measured_anew(base: LlamaForCausalLM, tmp_path: Path) -> None:
     library = new_library(tmp_path / "library", base, FIVE[:2])
-    rows = random_rows(6, Random())
+    rows = random_rows(6, seeded_random())
     first = run(library, meter_of(library, base), rows, search="exhaustive")
     with library.writing():
         library.remove_domain("code")
@@ -327,10 +328,10 @@ def test_a_killed_run_resumes_to_the_same_records(base: LlamaForCausalLM, tmp_pa
     torch.set_num_threads(1)
     whole = new_library(tmp_path / "whole", base, FIVE[:3])
     folder = shutil.copytree(whole.path, tmp_path / "killed")
-    rows, meter = random_rows(32, Random()), meter_of(whole, base, batch_size=1)
+    rows, meter = random_rows(32, seeded_random()), meter_of(whole, base, batch_size=1)
     run(whole, meter, rows)
     doomed = Doomed(meter.model, meter.tuner, meter.domains, meter.stacks, 1)
-    doomed.at = Random().randrange(meter.forwards // 2, meter.forwards)
+    doomed.at = seeded_random().randrange(meter.forwards // 2, meter.forwards)
     assert in_fork(lambda: run(Library.open(folder), doomed, rows)) == -signal.SIGKILL
     killed = Library.open(folder)
     assert 1 < len(records(killed).splitlines()) < 33, "the kill came too early or too late to prove anything"

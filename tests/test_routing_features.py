@@ -1,9 +1,9 @@
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
 from routed import VOCABULARY, meter_of, new_library, tiny_base
+from seeds import seeded_random
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -71,7 +71,7 @@ def test_features_leave_the_model_as_it_was(meter: LossMeter) -> None:
 
 
 def test_a_meter_reads_features_prompt_by_prompt(base: PreTrainedModel, meter: LossMeter) -> None:
-    rng = Random()
+    rng = seeded_random()
     prompts = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 30))] for _ in range(11)]
     for prompt, features in zip(prompts, meter.features(prompts, max_tokens=16), strict=True):
         torch.testing.assert_close(features, expected(base, torch.tensor(prompt[-16:])), atol=1e-5, rtol=1e-5)

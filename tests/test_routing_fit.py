@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from routed import random_rows
+from seeds import seeded_random
 from torch import Tensor
 
 from axolotl_brainstacks.args import RouterArgs
@@ -120,7 +121,7 @@ def with_answer(row: Example, rng: Random) -> Example:
 
 
 def test_no_prompt_is_on_two_sides_of_the_split() -> None:
-    rng = Random()
+    rng = seeded_random()
     for _ in range(20):
         rows = random_rows(60, rng)
         twins = [with_answer(rng.choice(rows), rng) for _ in range(60)]
@@ -137,7 +138,7 @@ def test_no_prompt_is_on_two_sides_of_the_split() -> None:
 
 
 def test_the_split_has_the_shares_asked_for_and_follows_the_seed() -> None:
-    samples = samples_of("chat", random_rows(200, Random()))
+    samples = samples_of("chat", random_rows(200, seeded_random()))
     args: dict[str, Any] = {"test_share": 0.2, "validation_share": 0.1}
     parts = split(samples, RouterArgs(**args, seed=1))
     prompts = {tuple(sample.row.prompt_ids): part for sample, part in zip(samples, parts, strict=True)}
@@ -147,8 +148,8 @@ def test_the_split_has_the_shares_asked_for_and_follows_the_seed() -> None:
 
 
 def test_too_few_prompts_to_split() -> None:
-    row = random_rows(1, Random())[0]
-    rows = [row, *random_rows(1, Random()), *(with_answer(row, Random()) for _ in range(20))]
+    row = random_rows(1, seeded_random())[0]
+    rows = [row, *random_rows(1, seeded_random()), *(with_answer(row, seeded_random()) for _ in range(20))]
     with pytest.raises(
         ValueError, match=r"`chat` has 2 different held-out prompts, too few .*router_datasets.*val_set_size"
     ):
@@ -174,7 +175,7 @@ def test_every_part_has_joined_prompts_of_its_own() -> None:
 
 
 def test_joined_prompts_ask_both_questions_and_want_both_answers() -> None:
-    rng = Random()
+    rng = seeded_random()
     single = samples_of("chat", random_rows(5, rng)) + samples_of("code", random_rows(5, rng))
     pairs = joined(single, 12, seed=3)
     assert len(pairs) == 12 and joined(single, 12, seed=3) == pairs
