@@ -49,10 +49,10 @@ def calibrate(
 
 
 def clearly_lower(losses: Sequence[float], than: Sequence[float]) -> bool:
-    """Whether the mean of `losses` is below that of `than`, on the same prompts, by more than the standard error of the
+    """Whether the mean of `losses` is below that of `than`, on the same prompts, by more than two standard errors of the
     paired differences. Never with fewer than two prompts."""
     gains = [other - loss for loss, other in zip(losses, than, strict=True)]
-    return len(gains) > 1 and fmean(gains) > stdev(gains) / math.sqrt(len(gains))
+    return len(gains) > 1 and fmean(gains) > 2 * stdev(gains) / math.sqrt(len(gains))
 
 
 def gate_losses(
