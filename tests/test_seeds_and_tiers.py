@@ -41,13 +41,11 @@ def test_each_test_draws_numbers_of_its_own(again: bool, request: pytest.Fixture
 
 
 def test_a_failure_tells_the_seed(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from conftest import pytest_runtest_makereport\n"
-    )
     (tmp_path / "test_failing.py").write_text("def test_failing(): assert False\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tmp_path]
-    done = subprocess.run(command, env=os.environ | {VARIABLE: "831"}, cwd=tmp_path, capture_output=True, text=True)
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", tmp_path]
+    environment = os.environ | {VARIABLE: "831", "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert f"{VARIABLE}=831" in done.stdout
 
 
