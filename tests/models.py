@@ -19,11 +19,20 @@ CHATML = (
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def tiny_llama(folder: Path, hidden: int = 64, layers: int = 2, heads: int = 4, kv: int = 2, seed: int = 0) -> Path:
+def tiny_llama(
+    folder: Path,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv: int = 2,
+    seed: int = 0,
+    corpus: Sequence[str] = (),
+) -> Path:
     """Saves a random float32 LlamaForCausalLM with a byte-level tokenizer of 512 tokens and a ChatML template.
 
     Heads are 32 wide, so ``hidden``, ``32 * heads`` and ``32 * kv`` are multiples of 64 by default (bitsandbytes needs
-    that on a CPU) and q_proj is not square.
+    that on a CPU) and q_proj is not square. The tokenizer learns its merges from ``corpus``, by default from sources of
+    the Python that runs, so that they differ between releases of Python.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,7 +47,7 @@ def tiny_llama(folder: Path, hidden: int = 64, layers: int = 2, heads: int = 4, 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([inspect.getsource(json), inspect.getsource(subprocess)], trainer)
+    tokenizer.train_from_iterator(corpus or [inspect.getsource(json), inspect.getsource(subprocess)], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

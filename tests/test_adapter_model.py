@@ -351,6 +351,7 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_torch_compile_makes_one_graph_of_checkpointed_layers_with_the_same_loss_and_gradients() -> None:
     model, ids = wrap(llama(num_hidden_layers=1), noisy_gate=False, balance_coef=0.1), tokens(2, 6)
     freeze(model, ["s001_chat", "s002_chat", "s003_code"])

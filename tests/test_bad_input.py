@@ -117,54 +117,55 @@ def without_data(config: dict[str, Any]) -> None:
     del config["brainstacks"]["domains"][2]["datasets"]
 
 
+# A change, and what the error has to mention: the key, the value, and the remedy if there is one.
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "mentions"),
     [
-        (block(top_kk=2), r"^`brainstacks\.top_kk` is not a key; did you mean `top_k`\?$"),
-        (block(null_space={"direction": 2}), r"^`brainstacks\.null_space\.direction` is not a key; did you mean `directi"),
-        (block(num_experts="many"), r"^`brainstacks\.num_experts` is 'many': Input should be a valid integer"),
-        (block(boosting=[1]), r"^`brainstacks\.boosting` is a list: Input should be "),
-        (block(top_k=5, num_experts=4), r"brainstacks\.top_k is 5 but brainstacks\.num_experts is 4"),
-        (second_domain(name="chat"), r"brainstacks\.domains: `chat` is there twice; give each domain a name of its own"),
+        (block(top_kk=2), ("`brainstacks.top_kk`", "`top_k`")),
+        (block(null_space={"direction": 2}), ("`brainstacks.null_space.direction`", "`directions`")),
+        (block(num_experts="many"), ("`brainstacks.num_experts`", "'many'", "integer")),
+        (block(boosting=[1]), ("`brainstacks.boosting`", "list")),
+        (block(top_k=5, num_experts=4), ("brainstacks.top_k is 5", "brainstacks.num_experts is 4")),
+        (second_domain(name="chat"), ("brainstacks.domains", "`chat`", "twice")),
         *(
-            (second_domain(name=name), rf"brainstacks\.domains: `{name}` cannot be a domain's name; use lower-case")
+            (second_domain(name=name), ("brainstacks.domains", f"`{name}`", "lower-case"))
             for name in ("Chat", "1st", "my domain", "caf\u00e9", "chat\n", "", "a" * 33, "../up")
         ),
-        (second_domain(name=None), r"^`brainstacks\.domains\.1\.name` is None: Input should be a valid string"),
-        (one_domain("no-id"), r"brainstacks\.domain: `no-id` cannot be a domain's name"),
-        (block(domain="legal"), r"brainstacks: give either `domains:` .* or `domain:` .*, not both"),
-        (block(domains=[]), r"brainstacks: give either `domains:` .* or `domain:`"),
-        (without_data, r"`datasets:` is missing in domain `math` of brainstacks\.domains"),
-        (block(domains=[], domain="legal"), r"brainstacks: give either `domains:` .* or `domain:` .*, not both"),
-        (block(library=""), r"`brainstacks\.library` is '': name a folder, or leave the key out"),
-        (block(frozen_dtype="bfloat16"), "frozen_dtype is bfloat16, but the library.s stacks are kept as the base model is: "),
-        (block(frozen_dtype="float8"), "`brainstacks.frozen_dtype` is 'float8'"),
-        (block(router={"floors": {"chta": 0.2}}), r"router\.floors names `chta`, but the domains are chat, code, math:"),
-        (block(router={"soft_domains": ["maths"]}), r"router\.soft_domains names `maths`, but the domains are chat, code"),
-        (lambda config: config.pop("base_model"), "^`base_model` is missing; it must be a model's folder or its name"),
-        (lambda config: config.pop("learning_rate"), "^`learning_rate` is missing; it must be a number greater than 0"),
+        (second_domain(name=None), ("`brainstacks.domains.1.name`", "None", "string")),
+        (one_domain("no-id"), ("brainstacks.domain", "`no-id`")),
+        (block(domain="legal"), ("brainstacks", "`domains:`", "`domain:`", "not both")),
+        (block(domains=[]), ("brainstacks", "`domains:`", "`domain:`")),
+        (without_data, ("`datasets:`", "missing", "`math`")),
+        (block(domains=[], domain="legal"), ("brainstacks", "`domains:`", "`domain:`", "not both")),
+        (block(library=""), ("`brainstacks.library`", "''", "name a folder")),
+        (block(frozen_dtype="bfloat16"), ("frozen_dtype", "bfloat16", "library")),
+        (block(frozen_dtype="float8"), ("`brainstacks.frozen_dtype`", "'float8'")),
+        (block(router={"floors": {"chta": 0.2}}), ("router.floors", "`chta`", "chat, code, math")),
+        (block(router={"soft_domains": ["maths"]}), ("router.soft_domains", "`maths`", "chat, code, math")),
+        (lambda config: config.pop("base_model"), ("`base_model`", "missing", "folder")),
+        (lambda config: config.pop("learning_rate"), ("`learning_rate`", "missing", "greater than 0")),
         *(
-            (top(**{key: value}), rf"^`{key}` is {re.escape(repr(value))}; it must be {rule}")
-            for key, value, rule in (
-                ("base_model", "", "a model's folder"),
-                ("lora_r", 0, "a whole number of at least 1"),
-                ("lora_r", "16x", "a whole number of at least 1"),
-                ("lora_r", True, "a whole number of at least 1"),
+            (top(**{key: value}), (f"`{key}`", repr(value), *remedy))
+            for key, value, *remedy in (
+                ("base_model", "", "folder"),
+                ("lora_r", 0, "whole number", "at least 1"),
+                ("lora_r", "16x", "whole number", "at least 1"),
+                ("lora_r", True, "whole number", "at least 1"),
                 ("lora_alpha", 0, "greater than 0"),
                 ("lora_alpha", -16, "greater than 0"),
-                ("lora_dropout", 1.0, r"in \[0, 1\)"),
-                ("lora_dropout", -0.1, r"in \[0, 1\)"),
-                ("max_steps", 0, "a whole number of at least 1; leave it out"),
-                ("learning_rate", "", "a number greater than 0"),
-                ("learning_rate", 0, "a number greater than 0"),
-                ("optimizer", "adam_torch", "an optimizer that Axolotl knows; did you mean `adamw_torch`"),
-                ("micro_batch_size", 0, "a whole number of at least 1"),
-                ("gradient_accumulation_steps", 0, "a whole number of at least 1"),
-                ("val_set_size", 1.0, "a share below 1, or a whole number of rows from 2 on"),
+                ("lora_dropout", 1.0, "[0, 1)"),
+                ("lora_dropout", -0.1, "[0, 1)"),
+                ("max_steps", 0, "whole number", "at least 1", "leave it out"),
+                ("learning_rate", "", "greater than 0"),
+                ("learning_rate", 0, "greater than 0"),
+                ("optimizer", "adam_torch", "`adamw_torch`"),
+                ("micro_batch_size", 0, "whole number", "at least 1"),
+                ("gradient_accumulation_steps", 0, "whole number", "at least 1"),
+                ("val_set_size", 1.0, "share below 1", "rows"),
             )
         ),
         *(
-            (last_domain(**{key: value}), rf"^`{key}` of domain `math` is {re.escape(repr(value))}; it must be ")
+            (last_domain(**{key: value}), (f"`{key}`", "`math`", repr(value)))
             for key, value in (
                 ("max_steps", -1), ("max_steps", 2.5), ("learning_rate", -1e-4), ("optimizer", "adamw_of_mine"),
                 ("micro_batch_size", "two"), ("val_set_size", -1), ("datasets", "rows.jsonl"),
@@ -173,14 +174,14 @@ def without_data(config: dict[str, Any]) -> None:
             )
         ),
         *(
-            (last_domain(**{key: value}), rf"`{key}` of domain `math` cannot be used with `adapter: brainstacks`: ")
+            (last_domain(**{key: value}), (f"`{key}`", "`math`", "cannot be used", "`adapter: brainstacks`"))
             for key, value in (
                 ("merge_lora", True), ("resume_from_checkpoint", "there"), ("fsdp_config", {"version": 2}),
                 ("lora_modules_to_save", ["lm_head"]),
             )
         ),
         *(
-            (last_domain(**{key: value}), rf"`{key}` of domain `math` has to be the same for all domains; move it to the top")
+            (last_domain(**{key: value}), (f"`{key}`", "`math`", "same for all domains", "top"))
             for key, value in (
                 ("lora_r", 8), ("lora_target_modules", ["q_proj"]), ("lora_fan_in_fan_out", True),
                 ("peft_use_rslora", False), ("peft_layers_to_transform", [0]), ("bnb_config_kwargs", {"a": 1}),
@@ -189,38 +190,40 @@ def without_data(config: dict[str, Any]) -> None:
             )
         ),
         *(
-            (top(**{key: value}), rf"`{key}` cannot be used with `adapter: brainstacks`: ")
+            (top(**{key: value}), (f"`{key}`", "cannot be used", "`adapter: brainstacks`"))
             for key, value in (
                 ("lora_rank_pattern", {"q_proj": 8}), ("peft_init_lora_weights", "gaussian"), ("loraplus_lr_ratio", 16),
                 ("save_only_model", True),
             )
         ),
-        (last_domain(rl="dpo"), r"`rl` of domain `math` is 'dpo', but `rl` belongs into `rl_rounds:` .* supervised `datasets:`"),
-        (top(rl="dpo"), r"`rl` cannot be used .* put it into `rl_rounds:` of the domain"),
+        (last_domain(rl="dpo"), ("`rl`", "`math`", "'dpo'", "`rl_rounds:`")),
+        (top(rl="dpo"), ("`rl`", "cannot be used", "`rl_rounds:`")),
         (
             last_domain(brainstacks={"boosting": {"max_round": 3}}),
-            r"^`brainstacks\.domains\.math\.brainstacks\.boosting\.max_round` is not a key; did you mean `max_rounds`",
+            ("`brainstacks.domains.math.brainstacks.boosting.max_round`", "`max_rounds`"),
         ),
-        (last_domain(brainstacks={"num_experts": 2}), r"^`brainstacks\.domains\.math\.brainstacks\.num_experts` is not a key"),
+        (last_domain(brainstacks={"num_experts": 2}), ("`brainstacks.domains.math.brainstacks.num_experts`", "not a key")),
         (
             last_domain(brainstacks={"null_space": {"samples": 0}}),
-            r"^`brainstacks\.domains\.math\.brainstacks\.null_space\.samples` is 0",
+            ("`brainstacks.domains.math.brainstacks.null_space.samples`", "0"),
         ),
-        (top(adapter="lora"), r"`brainstacks:` is set but `adapter:` is lora; write `adapter: brainstacks`"),
-        (top(brainstacks=None), r"`adapter: brainstacks` needs a `brainstacks:` block"),
-        (second_domain(learing_rate=0.1), r"`learing_rate` of domain `code` is not an Axolotl key; did you mean `learni"),
-        (second_domain(load_in_4bit=True), r"`load_in_4bit` of domain `code` has to be the same .* to the top level"),
-        (second_domain(sequence_len="long"), r"domain `code` is not valid: `sequence_len` is 'long': Input should be "),
-        (second_domain(learning_rate="fast"), r"`learning_rate` of domain `code` is 'fast'; it must be a number"),
+        (top(adapter="lora"), ("`brainstacks:`", "lora", "`adapter: brainstacks`")),
+        (top(brainstacks=None), ("`adapter: brainstacks`", "`brainstacks:`")),
+        (second_domain(learing_rate=0.1), ("`learing_rate`", "`code`", "`learning_rate`")),
+        (second_domain(load_in_4bit=True), ("`load_in_4bit`", "`code`", "top level")),
+        (second_domain(sequence_len="long"), ("`code`", "`sequence_len`", "'long'")),
+        (second_domain(learning_rate="fast"), ("`learning_rate`", "`code`", "'fast'", "number")),
     ],
 )  # fmt: skip
-def test_a_mistake_in_the_config(config: dict[str, Any], change: Change, message: str) -> None:
+def test_a_mistake_in_the_config(config: dict[str, Any], change: Change, mentions: tuple[str, ...]) -> None:
     complete = copy.deepcopy(config)
     change(config)
     before = contents(complete)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError) as caught:
         start(config)
-    assert len(str(caught.value)) < 300 and "input_value" not in str(caught.value)
+    message = str(caught.value)
+    assert [part for part in mentions if part not in message] == [], message
+    assert len(message) < 300 and "input_value" not in message
     assert contents(complete) == before
 
 
@@ -231,15 +234,13 @@ def test_the_unchanged_config_is_accepted(config: dict[str, Any]) -> None:
 
 
 def test_merging_is_refused(config: dict[str, Any]) -> None:
-    assert_refused(
-        config, r"`merge_lora` cannot be used .* load the library with PeftModel\.from_pretrained", merge_lora=True
-    )
+    assert_refused(config, r"`merge_lora` .*PeftModel\.from_pretrained", merge_lora=True)
 
 
 def test_a_domain_without_rows(config: dict[str, Any]) -> None:
     config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
     path = Path(config["brainstacks"]["domains"][1]["datasets"][0]["path"])
-    message = rf"datasets of domain `code` \({re.escape(str(path))}\) cannot be loaded: .*; check that each is there and has rows"
+    message = rf"`code` .*{re.escape(str(path))}.*check"
     for text in ("", "\n", '{"messages": ['):
         path.write_text(text)
         assert_refused(config, message)
@@ -251,7 +252,7 @@ def test_a_damaged_stack(config: dict[str, Any]) -> None:
     path = Path(config["brainstacks"]["library"]) / "stacks/s001_chat/adapter_model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert_refused(config, rf"{re.escape(str(path))} is truncated .*restore the file from a copy, or remove its domain")
+    assert_refused(config, rf"{re.escape(str(path))} is truncated .*restore .*remove")
     at = seeded_random().randrange(len(whole))
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     assert_refused(config, rf"{re.escape(str(path))} is altered")
@@ -262,7 +263,7 @@ def test_a_damaged_stack(config: dict[str, Any]) -> None:
 def test_a_library_without_its_manifest(config: dict[str, Any]) -> None:
     path = Path(config["brainstacks"]["library"]) / "manifest.json"
     path.unlink()
-    assert_refused(config, rf"{re.escape(str(path))} is missing beside stacks: restore it .* or name another folder")
+    assert_refused(config, rf"{re.escape(str(path))} is missing .*restore .*another folder")
 
 
 def test_a_library_where_none_can_be(config: dict[str, Any], tmp_path: Path) -> None:
@@ -271,10 +272,10 @@ def test_a_library_where_none_can_be(config: dict[str, Any], tmp_path: Path) -> 
         file.write_text("mine")
     config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
     for path, message in (
-        (tmp_path / "file", "cannot be made or written \\(File exists\\): name another folder in brainstacks.library"),
-        (tmp_path / "file/library", "cannot be made or written \\(Not a directory\\)"),
+        (tmp_path / "file", ".*File exists.*another folder in brainstacks.library"),
+        (tmp_path / "file/library", ".*Not a directory"),
         (Path("/proc/library"), "cannot be made or written"),
-        (tmp_path / "foreign", "is no library and not empty: name a new folder in brainstacks.library"),
+        (tmp_path / "foreign", ".*not empty.*new folder in brainstacks.library"),
     ):
         config["brainstacks"]["library"] = str(path)
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {message}"):
@@ -285,7 +286,7 @@ def test_a_library_where_none_can_be(config: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize("inside", ["", "runs/1", "../library"])
 def test_outputs_inside_the_library(config: dict[str, Any], inside: str) -> None:
     config["output_dir"] = str(Path(config["brainstacks"]["library"]) / inside)
-    assert_refused(config, r"`output_dir` is .*, which is the library .* or inside it: name a folder outside")
+    assert_refused(config, r"`output_dir` is .*library .*name a folder outside")
 
 
 def test_projections_that_the_model_lacks(config: dict[str, Any]) -> None:
@@ -296,7 +297,7 @@ def test_projections_that_the_model_lacks(config: dict[str, Any]) -> None:
     for targets, message in (
         (
             ["q_proj", "k_prj"],
-            "`lora_target_modules` names 'k_prj', but the base model has no such linear module; wrapped",
+            "`lora_target_modules` .*'k_prj'",
         ),
         (["c_attn"], "c_attn.* not found in the base model"),
         ("q_prj", "q_prj.* not found in the base model"),
@@ -330,7 +331,7 @@ def test_files_of_the_user_among_the_stacks(config: dict[str, Any]) -> None:
 
 def test_a_domain_that_is_there_already(config: dict[str, Any]) -> None:
     one_domain("chat")(config)
-    assert_refused(config, r"brainstacks\.domain: `chat` is already in the library .*choose another name, or remove it")
+    assert_refused(config, r"brainstacks\.domain: `chat` .*another name, or remove")
 
 
 def test_a_library_that_another_process_writes(config: dict[str, Any]) -> None:
@@ -356,7 +357,7 @@ def test_a_library_that_another_process_changed(config: dict[str, Any], tmp_path
         opened.update_domain("chat", soft=True)
     before = contents(config)
     log = finish([process], tmp_path / "run", expect=1)
-    assert_failed(log, rf"The library {re.escape(str(library))} has been changed since this run read it: run the same")
+    assert_failed(log, rf"{re.escape(str(library))} .*changed .*run the same")
     assert contents(config) == before
 
 
@@ -378,9 +379,9 @@ def test_commands_fail_with_the_error_at_their_end(config: dict[str, Any], tmp_p
     stack.write_bytes(stack.read_bytes()[:-1])
     one_domain("chat")(merged)  # which the library has, as after training
     cases = [
-        ("train", unknown, r"`brainstacks\.num_expert` is not a key; did you mean `num_experts`\?"),
+        ("train", unknown, r"`brainstacks\.num_expert` .*`num_experts`"),
         ("train", truncated, rf"{re.escape(str(stack))} is truncated"),
-        ("merge-lora", merged, "`merge_lora` cannot be used with `adapter: brainstacks`"),
+        ("merge-lora", merged, "`merge_lora` .*`adapter: brainstacks`"),
     ]
     before = [contents(case) for _, case, _ in cases]
 

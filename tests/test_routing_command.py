@@ -38,6 +38,7 @@ from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.pipeline import EVALUATION, made_before, make_router
 
 DOMAINS = ["chat", "code", "math"]
+pytestmark = pytest.mark.slow  # a router is fitted and evaluated in most of them
 SETTINGS: dict[str, Any] = {"width": 16, "epochs": 3, "mixed_pairs": 6, "floors": {"chat": 0.2}}
 
 

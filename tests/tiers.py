@@ -16,7 +16,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 TWO_RANKS = {"start_ranks", "train_ranks", "as_rank"}
-LONG_RUNS = {"start_train", "run_axolotl", "prepare_model", "prepare_data"}
+# Config loading and inference run in the process of the test.
+LONG_RUNS = {"start_train", "run_axolotl", "load_cfg", "do_inference", "prepare_model", "prepare_data"}
 
 
 def tier(item: pytest.Function) -> str:
