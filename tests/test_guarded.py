@@ -25,7 +25,7 @@ PACKAGE = REPO / "axolotl_brainstacks"
 # They read what this machine wrote itself, or the base model's files: checkpoints in `output_dir`, pipes of a sandbox.
 OWN_FILES = {
     "guarded.py",
-    "checkpoint_files.py",
+    "library/checkpoint_files.py",
     "curriculum/guard.py",
     "rewards/sandbox.py",
     "rewards/sandboxed.py",

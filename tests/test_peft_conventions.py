@@ -173,7 +173,7 @@ def test_what_the_base_model_calls_layers_is_reached_through_the_wrapped_model()
 
 def test_no_public_name_of_ours_is_one_of_a_model_in_transformers() -> None:
     model = wrap()
-    ours = {name for name in (*vars(BrainstacksModel), *vars(tuner_of(model))) if not name.startswith("_")}
+    ours = {name for name in (*dir(BrainstacksModel), *vars(tuner_of(model))) if not name.startswith("_")}
     of_peft = {*dir(BaseTuner), *vars(get_peft_model(llama(), LoraConfig()).base_model)}
     ours -= {*of_peft, "generate"}  # ours calls the base model's
     assert {"brainstacks_layers", "use_stacks", "router", "mode"} <= ours

@@ -55,7 +55,7 @@ class Ledger:
 
     @classmethod
     @contextmanager
-    def open(cls, plan: Plan, tuner: StackTuner, state: LibraryState) -> Iterator[Ledger]:
+    def opened(cls, plan: Plan, tuner: StackTuner, state: LibraryState) -> Iterator[Ledger]:
         """Open the plan's library, or create it, and hold its lock.
 
         Raises:

@@ -34,7 +34,7 @@ def train_curriculum(run: TrainingRun, model: PeftModel, tokenizer: PreTrainedTo
     """
     plan, interruption = run.plan, Interruption()
     output_dir = Path(plan.raw["output_dir"])
-    with interruption.watching(), Ledger.open(plan, tuner(model), run.library) as ledger:
+    with interruption.watching(), Ledger.opened(plan, tuner(model), run.library) as ledger:
         batch_size = int(plan.raw.get("eval_batch_size") or plan.raw["micro_batch_size"])
         session = Session(model, tuner(model), tokenizer, ledger, interruption, output_dir, batch_size)
         if any(stage.block.null_space.directions for stage in run.stages):
