@@ -17,6 +17,7 @@ import torch
 import yaml
 from answering import random_router
 from axolotl.cli.main import cli as axolotl
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from documents import PAGES, REPO, anchors, blocks, each_block, inline_code, links, prose, title
 from pydantic import BaseModel
 from routed import new_library
@@ -110,6 +111,8 @@ def test_every_command_and_option_is_described() -> None:
 @pytest.mark.parametrize("text", each_block("yaml"))
 def test_yaml_is_what_the_plugin_accepts(text: str) -> None:
     parsed = yaml.safe_load(text)
+    if isinstance(parsed, dict):
+        assert set(parsed) - {"brainstacks"} <= set(AxolotlInputConfig.model_fields)
     block = {"domains": parsed} if isinstance(parsed, list) else parsed["brainstacks"]
     accepted = BrainstacksBlock.parse(block)
     accepted.check_names([])
