@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from axolotl_brainstacks.adapter.bank import StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLinear
+from axolotl_brainstacks.adapter.segment import StackTensors
 from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
 from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.guarded import load_tensors
