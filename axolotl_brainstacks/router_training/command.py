@@ -22,9 +22,10 @@ from axolotl_brainstacks.library.report import PAGE
 from axolotl_brainstacks.plugin import BrainstacksPlugin
 from axolotl_brainstacks.router.router import routable_domains
 from axolotl_brainstacks.router_training import report
-from axolotl_brainstacks.router_training.data import load_samples, split
+from axolotl_brainstacks.router_training.data import load_samples
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.pipeline import EVALUATION, inputs_digest, made_before, make_router
+from axolotl_brainstacks.router_training.split import split
 
 
 def run(config: str) -> None:

@@ -1,17 +1,15 @@
-"""The held-out prompts that the router is trained and evaluated on: where they come from, and how they are split."""
+"""The held-out prompts that the router is trained and evaluated on, and where they come from."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from random import Random
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from axolotl_brainstacks.args import DomainArgs, RouterArgs
+from axolotl_brainstacks.args import DomainArgs
 from axolotl_brainstacks.evaluation import Example, pack_rows, unpack_rows
 from axolotl_brainstacks.library import DomainEntry, Library
 
@@ -27,8 +25,6 @@ LOG = logging.getLogger(__name__)
 FOLDER = "router/prompts"
 # The source of prompts of several domains. Names of domains start with a letter, so none is equal to it.
 MIXED = "_mixed"
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = get_args(Part)
 _ROWS_AT_ONCE = 1024
 
 
@@ -209,7 +205,7 @@ def _held_out(rows: Iterable[Example], trained: set[bytes], limit: int, source: 
     if not kept and dropped:
         raise ValueError(
             f"All {dropped} held-out prompts of `{source}` are among the training rows, and the router must not be made "
-            f"from those: {_more_rows(source)}"
+            f"from those: {more_rows(source)}"
         )
     if not kept:
         raise ValueError(
@@ -219,7 +215,7 @@ def _held_out(rows: Iterable[Example], trained: set[bytes], limit: int, source: 
     return list(kept.values())
 
 
-def _more_rows(source: str) -> str:
+def more_rows(source: str) -> str:
     """The remedy for too few prompts, for an error."""
     if source == MIXED:
         return "name other rows in `brainstacks.router.mixed_datasets`"
@@ -227,95 +223,3 @@ def _more_rows(source: str) -> str:
         "name more rows in `brainstacks.router_datasets` of its entry under `brainstacks.domains`, or hold out more with "
         "`val_set_size` or `test_datasets`"
     )
-
-
-def split(samples: Sequence[Sample], args: RouterArgs) -> list[Part]:
-    """Split the samples into training, validation and test parts.
-
-    All samples with the same prompt go to the same part, also those of different sources: a test prompt must be unseen.
-
-    Returns:
-        The part of each sample.
-
-    Raises:
-        ValueError: if a source has too few distinct prompts to give each part one.
-    """
-    parts: dict[tuple[int, ...], Part] = {}
-    for source in dict.fromkeys(sample.source for sample in samples):
-        prompts = list(dict.fromkeys(tuple(s.row.prompt_ids) for s in samples if s.source == source))
-        Random(f"{args.seed} {source}").shuffle(prompts)
-        found = Counter(parts[prompt] for prompt in prompts if prompt in parts)  # an earlier source has them too
-        shares: dict[Part, float] = {"test": args.test_share, "validation": args.validation_share}
-        wanted = {part: max(1, round(share * len(prompts))) for part, share in shares.items()}
-        for prompt in prompts:
-            if prompt not in parts:
-                parts[prompt] = next((part for part, count in wanted.items() if found[part] < count), "train")
-                found[parts[prompt]] += 1
-        if not all(found[part] for part in PARTS):
-            raise ValueError(
-                f"`{source}` has {len(prompts)} different held-out prompts, too few to be split into training, validation "
-                f"and test parts (`brainstacks.router.samples` allows {args.samples} rows): {_more_rows(source)}"
-            )
-    return [parts[tuple(sample.row.prompt_ids)] for sample in samples]
-
-
-def count_parts(samples: Sequence[Sample], parts: Sequence[Part]) -> dict[str, dict[str, int]]:
-    """By source and part, the number of samples."""
-    counts = Counter((sample.source, part) for sample, part in zip(samples, parts, strict=True))
-    sources = dict.fromkeys(sample.source for sample in samples)
-    return {source: {part: counts[source, part] for part in PARTS} for source in sources}
-
-
-def joined_in_parts(
-    samples: Sequence[Sample], parts: Sequence[Part], count: int, seed: int
-) -> tuple[list[Sample], list[Part]]:
-    """Join prompts within each part, in numbers proportional to the parts' sizes.
-
-    Args:
-        samples: single-domain samples.
-        parts: the part of each.
-        count: joined prompts of all parts together.
-        seed: of the choice of prompts.
-
-    Returns:
-        The joined samples, and the part of each, which is that of both prompts it consists of.
-    """
-    sizes = Counter(parts)
-    exact = {part: count * sizes[part] / len(parts) for part in PARTS}
-    shares = {part: int(exact[part]) for part in PARTS}
-    # Rounded down so far; the parts with the largest remainders get one more each, until the sum is `count`.
-    for part in sorted(PARTS, key=lambda part: shares[part] - exact[part])[: count - sum(shares.values())]:
-        shares[part] += 1
-    joined_samples: list[Sample] = []
-    their_parts: list[Part] = []
-    for part, share in shares.items():
-        of_part = [sample for sample, other in zip(samples, parts, strict=True) if other == part]
-        pairs = joined(of_part, share, f"{seed} {part}")
-        joined_samples += pairs
-        their_parts += [part] * len(pairs)
-    return joined_samples, their_parts
-
-
-def joined(samples: Sequence[Sample], count: int, seed: int | str) -> list[Sample]:
-    """Join random pairs of samples of two domains into one each: both prompts, then both answers.
-
-    Args:
-        samples: single-domain samples; others are ignored.
-        count: pairs to make; none are made with fewer than two domains.
-        seed: of the choice.
-    """
-    rng = Random(seed)
-    by_domain = {s.source: [t for t in samples if t.source == s.source] for s in samples if s.labels}
-    if len(by_domain) < 2:
-        return []
-    pairs = []
-    for _ in range(count):
-        first, second = (rng.choice(by_domain[domain]) for domain in rng.sample(list(by_domain), 2))
-        a, b = first.row, second.row
-        i, j = len(a.prompt_ids), len(b.prompt_ids)
-        row = Example(
-            a.prompt_ids + b.prompt_ids + a.input_ids[i:] + b.input_ids[j:],
-            a.labels[:i] + b.labels[:j] + a.labels[i:] + b.labels[j:],
-        )
-        pairs.append(Sample(row, MIXED, first.labels + second.labels))
-    return pairs

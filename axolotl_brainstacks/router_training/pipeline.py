@@ -24,13 +24,14 @@ from axolotl_brainstacks.library.storage import json_to_bytes
 from axolotl_brainstacks.router.router import Router, RouterConfig
 from axolotl_brainstacks.router.thresholds import gate
 from axolotl_brainstacks.router_training.calibrate import calibrate, gate_losses
-from axolotl_brainstacks.router_training.data import MIXED, Part, Sample, count_parts, joined_in_parts, keep_rows, split
+from axolotl_brainstacks.router_training.data import MIXED, Sample, keep_rows
 from axolotl_brainstacks.router_training.discovery import DiscoveryResult, discover, row_key
 from axolotl_brainstacks.router_training.evaluate import EvaluatedPrompt, summary
 from axolotl_brainstacks.router_training.fit import Prompts, Score, fit, probabilities, target
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.report import Shown, chart
 from axolotl_brainstacks.router_training.search import DomainSet, Search
+from axolotl_brainstacks.router_training.split import Part, count_parts, joined_in_parts, split
 
 LOG = logging.getLogger(__name__)
 
