@@ -1,7 +1,7 @@
 """Brainstacks for Axolotl: frozen MoE-LoRA stacks per domain, a null space between them, and a router.
 
-Importing this package makes PEFT know the type ``BRAINSTACKS`` and costs nothing by itself: where PEFT is not imported
-yet (``axolotl --help``), registration waits for that import.
+Importing this package registers the adapter type ``BRAINSTACKS`` with PEFT. If PEFT is not imported yet, the registration waits
+for that import, so that commands such as ``axolotl --help`` do not have to load PEFT.
 """
 
 import importlib.abc
@@ -16,14 +16,15 @@ __all__ = ["BrainstacksPlugin", "question_answer"]
 
 
 class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
-    """Runs our registration right after the first ``import peft``."""
+    """An import hook that registers our adapter type right after the first ``import peft``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "peft":
             return None
-        # Asked anew each time: Transformers looks for PEFT's spec to see whether it is installed, long before it loads it.
+        # Every request gets a new spec, and the hook stays until a module is executed: Transformers asks for PEFT's spec just to
+        # see whether it is installed. The hook is out of the way meanwhile, so that `importlib` finds the real spec.
         sys.meta_path.remove(self)
         try:
             spec = importlib.util.find_spec(fullname)
@@ -54,11 +55,13 @@ else:
 
 
 def __getattr__(name: str) -> Any:
+    """Import the package's public names when they are first used, as they need Axolotl or Datasets."""
     if name == "BrainstacksPlugin":
         from axolotl_brainstacks.plugin import BrainstacksPlugin
 
         return BrainstacksPlugin
-    if name == "question_answer":  # Axolotl finds a transform in a top-level module only: `type: module.function`
+    if name == "question_answer":
+        # Axolotl looks up the transform of an RL dataset as `type: module.function`, in a top-level module only.
         from axolotl_brainstacks.rewards.data import question_answer
 
         return question_answer

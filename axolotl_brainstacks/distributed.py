@@ -1,4 +1,4 @@
-"""The few things that differ when several processes train together. One process is the trivial case of each."""
+"""Helpers for training in several processes. With one process, each of them does the obvious."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if _started() else 0
 
 
@@ -29,13 +30,15 @@ def _started() -> bool:
 
 
 def is_main() -> bool:
+    """Whether this is the process of rank 0."""
     return rank() == 0
 
 
 def on_main[T](action: Callable[[], T]) -> T:
-    """Run `action` on the main process; its result, or its exception, reaches every rank."""
+    """Run `action` in the main process. Every process must call this, and gets its result, or raises its exception."""
     if world_size() == 1:
         return action()
+    # An exception has to travel as a value: otherwise the other processes would wait in the broadcast for ever.
     box: list[Any] = [None, None]
     if is_main():
         try:
@@ -49,7 +52,7 @@ def on_main[T](action: Callable[[], T]) -> T:
 
 
 def gather_objects[T](value: T) -> list[T]:
-    """Every rank's `value`, in the ranks' order."""
+    """The `value` of every process, in the order of their ranks. Every process must call this."""
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -58,7 +61,16 @@ def gather_objects[T](value: T) -> list[T]:
 
 
 def check_same(what: str, seen: str, fix: str) -> None:
-    """Raises ValueError on every rank unless all ranks, on whatever machines, have `seen` the same."""
+    """Check that all processes have the same `seen`. Every process must call this.
+
+    Args:
+        what: subject of the error.
+        seen: this process's value.
+        fix: remedy for the error.
+
+    Raises:
+        ValueError: on every rank, if two processes differ; names their machines.
+    """
     found = gather_objects((socket.gethostname(), seen))
     for rank, (host, other) in enumerate(found):
         if other != found[0][1]:
@@ -69,7 +81,7 @@ def check_same(what: str, seen: str, fix: str) -> None:
 
 
 def shared_by_all(folder: Path) -> bool:
-    """Whether all ranks see what the main process writes into `folder`: one machine, or a shared file system."""
+    """Whether all processes see what the main one writes into `folder`, as on one machine or a shared file system."""
     if world_size() == 1:
         return True
 
@@ -84,31 +96,39 @@ def shared_by_all(folder: Path) -> bool:
 
 
 def on_each_node(action: Callable[[], object]) -> None:
-    """Run `action` in one process of each machine, and let all go on when it is done."""
+    """Run `action` in one process of each machine; all processes wait until it is done everywhere."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         action()
     barrier()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of every process's `tensor`, which is changed in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def barrier() -> None:
+    """Wait until every process has come here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def sharded(parameters: Iterable[Tensor]) -> bool:
-    """Whether DeepSpeed ZeRO-3 keeps any of them in shards."""
+    """Whether DeepSpeed ZeRO-3 has divided any of the parameters among the processes."""
+    # ZeRO-3 gives each parameter that it manages an attribute `ds_id`.
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 @contextmanager
 def gathered(parameters: Sequence[Tensor], write: bool = False) -> Iterator[None]:
-    """Whole parameters where DeepSpeed ZeRO-3 keeps them in shards; with `write`, changes of rank 0 are spread."""
+    """Gather parameters that DeepSpeed ZeRO-3 has sharded, for the length of a `with` block. Every process must enter it.
+
+    Args:
+        parameters: sharded or not.
+        write: whether changes that rank 0 makes inside the block are sent to all processes.
+    """
     if not sharded(parameters):
         yield
         return
@@ -120,6 +140,6 @@ def gathered(parameters: Sequence[Tensor], write: bool = False) -> Iterator[None
 
 @torch.no_grad()
 def gather_full(parameter: Tensor) -> Tensor:
-    """A CPU copy of a parameter, gathered if it is sharded."""
+    """A CPU copy of a parameter, gathered if it is sharded. Every process must call this."""
     with gathered([parameter]):
         return parameter.detach().cpu().clone()

@@ -1,4 +1,4 @@
-"""Losses on fixed validation rows: over answer tokens only, without padding, independent of who computes which batch."""
+"""Losses on fixed examples: over answer tokens only, and the same whichever process computes which batch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from torch import Tensor, nn
 from axolotl_brainstacks.distributed import gather_objects, rank, world_size
 from axolotl_brainstacks.guarded import parse_tensors, printable
 
-IGNORED = -100
+IGNORED = -100  # the label of tokens that are no answer, as in Transformers
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised example; labels are -100 wherever no answer token is to be predicted."""
+    """A tokenised example.
+
+    Attributes:
+        input_ids: all tokens, those of the prompt and of the answer.
+        labels: as many; the token itself in the answer, -100 elsewhere.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -35,7 +40,7 @@ class Example:
 
 
 def pack_rows(rows: Sequence[Example]) -> bytes:
-    """The rows as the bytes of a safetensors file."""
+    """The examples `rows` as the bytes of a safetensors file."""
     flat = {
         "input_ids": [token for row in rows for token in row.input_ids],
         "labels": [label for row in rows for label in row.labels],
@@ -45,7 +50,15 @@ def pack_rows(rows: Sequence[Example]) -> bytes:
 
 
 def unpack_rows(data: bytes, name: object = "the file of rows") -> list[Example]:
-    """The inverse. Raises ValueError calling the bytes `name` unless they are such a file."""
+    """The inverse of `pack_rows`.
+
+    Args:
+        data: content of the file.
+        name: of the file, for errors.
+
+    Raises:
+        ValueError: if `data` is not what `pack_rows` writes.
+    """
     tensors = parse_tensors(data, name)
     fix = f"{printable(name)} is damaged ({{}}): restore it from a copy"
     if tensors.keys() != {"input_ids", "labels", "lengths"}:
@@ -62,8 +75,16 @@ def unpack_rows(data: bytes, name: object = "the file of rows") -> list[Example]
 
 
 def check_vocabulary(rows: Iterable[Example], model: nn.Module, name: str) -> None:
-    """Raises ValueError, calling the rows `name`, for a token that the model does not have: on a GPU it would end the
-    process. `model` is a Transformers model, or one of PEFT's."""
+    """Check that the model has an embedding for every token. On a GPU, one without would abort the process.
+
+    Args:
+        rows: examples.
+        model: a Transformers model, or a PeftModel.
+        name: of the examples, for the error.
+
+    Raises:
+        ValueError: if an example has a token outside of the vocabulary.
+    """
     size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     largest = max((token for row in rows for token in [*row.input_ids, *row.labels]), default=0)
     if largest >= size:
@@ -75,7 +96,13 @@ def check_vocabulary(rows: Iterable[Example], model: nn.Module, name: str) -> No
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to one length; tensors (rows, tokens)."""
+    """Examples padded on the right to one length.
+
+    Attributes:
+        input_ids: (rows, tokens), int64.
+        attention_mask: (rows, tokens), int64, 1 at real tokens.
+        labels: (rows, tokens), int64, -100 outside of answers.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -83,27 +110,29 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[Example], device: torch.device) -> Batch:
-        length = max(len(row.input_ids) for row in rows)
-
-        def padded(values: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([row + [fill] * (length - len(row)) for row in values], device=device)
-
+        """A batch of the examples `rows` on `device`."""
         return cls(
-            padded([row.input_ids for row in rows], 0),
-            padded([[1] * len(row.input_ids) for row in rows], 0),
-            padded([row.labels for row in rows], IGNORED),
+            _padded([row.input_ids for row in rows], 0, device),
+            _padded([[1] * len(row.input_ids) for row in rows], 0, device),
+            _padded([row.labels for row in rows], IGNORED, device),
         )
 
 
-def my_batches(rows: Sequence[Example], batch_size: int, device: torch.device) -> Iterator[tuple[int | None, Batch]]:
-    """This rank's share of the batches, as (index of its first row, batch).
+def _padded(values: list[list[int]], fill: int, device: torch.device) -> Tensor:
+    length = max(map(len, values))
+    return torch.tensor([row + [fill] * (length - len(row)) for row in values], device=device)
 
-    Every rank gets the same number of batches, because a sharded model's forward is a collective; a surplus batch has
-    index None and its result is dropped. What is in a batch does not depend on the number of ranks.
+
+def my_batches(rows: Sequence[Example], batch_size: int, device: torch.device) -> Iterator[tuple[int | None, Batch]]:
+    """This process's share of the batches, as pairs (index of the batch's first example, batch).
+
+    All processes get equally many batches, because the forward of a sharded model is a collective operation. To fill up, a
+    process may get a surplus batch with index None, whose result the caller must drop. The content of a batch does not
+    depend on the number of processes, so neither does the rounding of its losses.
     """
     own, ranks = rank(), world_size()
     starts = list(range(0, len(rows), batch_size))
-    for turn in range(-(-len(starts) // ranks)):
+    for turn in range(-(-len(starts) // ranks)):  # rounded up
         number = turn * ranks + own
         start = starts[min(number, len(starts) - 1)]
         yield start if number < len(starts) else None, Batch.of(rows[start : start + batch_size], device)
@@ -111,19 +140,20 @@ def my_batches(rows: Sequence[Example], batch_size: int, device: torch.device) -
 
 @torch.no_grad()
 def batch_losses(model: nn.Module, batch: Batch) -> list[tuple[float, int]]:
-    """Per row: summed cross-entropy over its answer tokens in fp32, nats, and their number.
+    """For each row, the cross-entropy summed over its answer tokens (nats, computed in fp32), and their number.
 
-    The vocabulary's logits are computed only at positions that some row's answer reads, where the model can do that.
+    If the model supports it, the logits are computed only at positions that predict an answer token of some row.
     """
-    targets = batch.labels[:, 1:]
-    read = (targets != IGNORED).any(0).nonzero().squeeze(1)
+    targets = batch.labels[:, 1:]  # (rows, tokens - 1): position t predicts token t + 1
+    read = (targets != IGNORED).any(0).nonzero().squeeze(1)  # (positions,)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
-        # A list serves on whatever device the last layer is.
+        # A list, not a tensor: the last layer may be on another device than the batch.
         logits = model(**inputs, logits_to_keep=read.tolist()).logits
     else:
         logits = model(**inputs).logits[:, read]
+    # logits: (rows, positions, vocabulary)
     losses = []
     for row_logits, row_targets in zip(logits, targets[:, read], strict=True):
         answers = row_targets != IGNORED
@@ -134,7 +164,7 @@ def batch_losses(model: nn.Module, batch: Batch) -> list[tuple[float, int]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While inside, the model is in evaluation mode: no dropout, no noise in the gates."""
+    """Put the model into evaluation mode for the length of a `with` block: no dropout, no noise in the gates."""
     was_training = model.training
     try:
         model.eval()
@@ -145,29 +175,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def row_losses(model: nn.Module, rows: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
-    """Per row: `batch_losses`. Equal on every rank."""
+    """`batch_losses` of all examples `rows`, in their order. The processes share the work, and each gets all results."""
     device = next(model.parameters()).device
-    mine: dict[int, tuple[float, int]] = {}
+    own: dict[int, tuple[float, int]] = {}
     with evaluating(model):
         for start, batch in my_batches(rows, batch_size, device):
             losses = batch_losses(model, batch)
             if start is not None:
-                mine.update(enumerate(losses, start))
-    everything: dict[int, tuple[float, int]] = {}
-    for part in gather_objects(mine):
-        everything.update(part)
-    return [everything[i] for i in range(len(rows))]
+                own.update(enumerate(losses, start))
+    of_all: dict[int, tuple[float, int]] = {}
+    for part in gather_objects(own):
+        of_all.update(part)
+    return [of_all[i] for i in range(len(rows))]
 
 
 def mean_loss(model: nn.Module, rows: Sequence[Example], batch_size: int) -> float:
-    """Mean cross-entropy per answer token over all rows, in nats."""
+    """Mean cross-entropy per answer token over all examples, in nats. Every process must call this."""
     losses = row_losses(model, rows, batch_size)
     return sum(loss for loss, _ in losses) / max(sum(tokens for _, tokens in losses), 1)
 
 
 @torch.no_grad()
 def answer(model: Any, rows: Sequence[Example], pad_token_id: int, max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of the rows' prompts, as token ids."""
+    """Greedy continuations of the examples' prompts, as token ids; shorter ones end in padding."""
+    # Padded on the left, so that every prompt ends where generation begins.
     prompts = [row.prompt_ids for row in rows]
     length = max(len(prompt) for prompt in prompts)
     device = next(model.parameters()).device

@@ -190,12 +190,12 @@ def test_every_row_is_measured_once_whatever_the_number_of_ranks(
     ranks: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, batch_size = random_rows(count), 2
-    monkeypatch.setattr(evaluation, "world", lambda: (0, 1))
     alone = {start: batch for start, batch in my_batches(rows, batch_size, CPU) if start is not None}
     seen: list[int] = []
     turns = set()
+    monkeypatch.setattr(evaluation, "world_size", lambda: ranks)
     for rank in range(ranks):
-        monkeypatch.setattr(evaluation, "world", lambda rank=rank: (rank, ranks))
+        monkeypatch.setattr(evaluation, "rank", lambda rank=rank: rank)
         mine = list(my_batches(rows, batch_size, CPU))
         turns.add(len(mine))
         for start, batch in mine:

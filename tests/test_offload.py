@@ -11,8 +11,8 @@ from torch import Tensor
 from wrapped import freeze, layers_of, llama, tuner_of, wrap
 
 from axolotl_brainstacks.adapter import tuner as tuner_module
-from axolotl_brainstacks.adapter.bank import StackTensors
 from axolotl_brainstacks.adapter.offload import Offload, _Copy, _key
+from axolotl_brainstacks.adapter.segment import StackTensors
 
 LAYERS, STACKS = 4, ["s001_chat", "s002_chat", "s003_code"]
 

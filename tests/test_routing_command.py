@@ -32,10 +32,11 @@ from axolotl_brainstacks.router.router import Router
 from axolotl_brainstacks.router.thresholds import gate
 from axolotl_brainstacks.router_training import pipeline as make_module
 from axolotl_brainstacks.router_training import report
-from axolotl_brainstacks.router_training.data import Sample, load_samples, split
+from axolotl_brainstacks.router_training.data import Sample, load_samples
 from axolotl_brainstacks.router_training.evaluate import CHOICES
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.pipeline import EVALUATION, made_before, make_router
+from axolotl_brainstacks.router_training.split import split
 
 DOMAINS = ["chat", "code", "math"]
 pytestmark = pytest.mark.slow  # a router is fitted and evaluated in most of them

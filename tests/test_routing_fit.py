@@ -12,8 +12,9 @@ from torch import Tensor
 from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Example
 from axolotl_brainstacks.router.router import Router, RouterConfig
-from axolotl_brainstacks.router_training.data import MIXED, Sample, joined, joined_in_parts, split
+from axolotl_brainstacks.router_training.data import MIXED, Sample
 from axolotl_brainstacks.router_training.fit import Prompts, Score, fit, objective, probabilities, target
+from axolotl_brainstacks.router_training.split import joined, joined_in_parts, split
 
 CPU = torch.device("cpu")
 DOMAINS = ["chat", "code", "reasoning"]

@@ -1,6 +1,6 @@
-"""The Brainstacks adapter as a PEFT tuner. Knows nothing of Axolotl: works with plain Transformers and PEFT."""
+"""The Brainstacks adapter as a PEFT tuner. It needs Transformers and PEFT, but not Axolotl."""
 
-# First of all: importing PEFT registers our type, and that imports the modules of this folder.
+# PEFT comes first: its import registers the type BRAINSTACKS, and the registration imports modules of this folder.
 import peft  # noqa: F401
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig

@@ -14,18 +14,20 @@ from peft.utils.peft_types import PeftType
 
 from axolotl_brainstacks.adapter.folder import check_kind, check_rank, fetch_library
 
-# No trained scale comes near; a larger one would let a stack overflow rows of a batch that do not use it.
+# Trained scales are far smaller. With a larger one the activations could overflow, and then also spoil the rows of a batch that
+# do not use the stack: their weight is 0, and 0 * inf is NaN.
 MOST_SCALE = 1e6
 
 
 @dataclass
 class BrainstacksConfig(PeftConfig):
-    """One MoE-LoRA stack per targeted projection (arXiv 2604.01152, MoE-LoRA building block), or a library of frozen stacks,
-    or the one on top of the other.
+    """Config of a trainable MoE-LoRA stack (arXiv 2604.01152, MoE-LoRA building block), or of a library of frozen stacks.
+
+    `library` tells the two apart. The stack covers each projection that `target_modules` names.
 
     Raises:
-        ValueError: if a value is of a wrong type, or a rank, expert count, top-k, scale or coefficient is out of range; if
-            layers are chosen where PEFT could not heed it; or if `modules_to_save` is set on a library.
+        ValueError: if a value has the wrong type; if a rank, expert count, top-k, scale or coefficient is out of range; if
+            layers are chosen in a way that PEFT would ignore; or if `modules_to_save` is set together with `library`.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of each expert."})
@@ -81,7 +83,7 @@ class BrainstacksConfig(PeftConfig):
             self.target_modules = sorted(set(self.target_modules))
 
     def _check_layer_choice(self) -> None:
-        """PEFT ignores layers beside a regular expression, and a pattern without layers."""
+        """Reject what PEFT would silently ignore: layers next to a regular expression, and a pattern without layers."""
         if isinstance(self.target_modules, str) and self.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -100,12 +102,16 @@ class BrainstacksConfig(PeftConfig):
             raise ValueError(f"Brainstacks: modules_to_save is {self.modules_to_save!r}; it must be a list of names")
         self._names("modules_to_save", str)
         if self.modules_to_save is not None:
-            self.modules_to_save = list(self.modules_to_save)  # PEFT appends the heads of a classifier
+            # For a classifier PEFT appends the names of its heads, so this must be a list that is ours to change.
+            self.modules_to_save = list(self.modules_to_save)
         self.check_library_alone()
 
     def check_library_alone(self) -> None:
-        """Raises ValueError if modules of the base model are to be trained beside a library, whose stacks were trained on the
-        base model as it is."""
+        """Check that no module of the base model is trained together with a library.
+
+        Raises:
+            ValueError: if `modules_to_save` is set, as the library's stacks were trained on the unchanged base model.
+        """
         if self.library is not None and self.modules_to_save:
             raise ValueError(
                 f"Brainstacks: modules_to_save is {self.modules_to_save!r}, but `library` is {self.library!r}, whose stacks "
@@ -114,13 +120,16 @@ class BrainstacksConfig(PeftConfig):
             )
 
     def _typed(self, name: str, kind: Any) -> Any:
+        """The value of the key `name`. Raises ValueError unless it is an instance of `kind`."""
         value = getattr(self, name)
+        # `True` is an int in Python, but no rank.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             expected = getattr(kind, "__name__", kind)
             raise ValueError(f"Brainstacks: {name} is {value!r}; it must be of type {expected}")
         return value
 
     def _names(self, name: str, kind: type) -> None:
+        """Raises ValueError unless the key `name` is None, one value of type `kind`, or several."""
         value = getattr(self, name)
         items = value if isinstance(value, list | set | tuple) else [] if value is None else [value]
         if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
@@ -133,12 +142,17 @@ class BrainstacksConfig(PeftConfig):
 
     @property
     def rows(self) -> int:
-        """Rows of a projection's A matrix: gate, noise, and the experts' ranks."""
+        """Number of rows of a projection's A matrix: n gate rows, n noise rows and r rows for each of the n experts."""
         return 2 * self.num_experts + self.num_experts * self.r
 
     @classmethod
     def for_library(cls, base_model: str, library: str) -> BrainstacksConfig:
-        """Config of a PEFT folder that stands for a whole library: no stack of its own, all of the library's."""
+        """The config of a PEFT folder that stands for a whole library and holds no stack itself.
+
+        Args:
+            base_model: name or path of the base model.
+            library: path of the library, as the config stores it.
+        """
         return cls(
             task_type="CAUSAL_LM",
             base_model_name_or_path=base_model,
@@ -149,15 +163,19 @@ class BrainstacksConfig(PeftConfig):
 
     @classmethod
     def of_stack(cls, name: str, values: Mapping[str, Any]) -> BrainstacksConfig:
-        """The config of a library's stack, from the content of its file.
+        """The config of a library's stack, from the content of its ``adapter_config.json``.
+
+        Args:
+            name: of the stack, for errors.
+            values: the file's keys and values; keys that this version does not know are ignored.
 
         Raises:
-            ValueError: if it is none of a stack, or one of its values is wrong.
+            ValueError: if the file is not the config of a stack, or one of its values is wrong.
         """
         known = {part.name for part in fields(cls)}
         if not isinstance(values, Mapping) or values.get("peft_type") != "BRAINSTACKS" or values.get("library"):
             raise ValueError(
-                f"Stack {name}: its {CONFIG_NAME} is none of a stack: restore it from a copy of the library"
+                f"Stack {name}: its {CONFIG_NAME} is not the config of a stack: restore it from a copy of the library"
             )
         if values.get("modules_to_save"):
             raise ValueError(
@@ -173,14 +191,22 @@ class BrainstacksConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> BrainstacksConfig:
-        """As PEFT's, and makes `library` absolute. Of a library on the Hub everything that answers need is fetched: PEFT would
-        take two files.
+        """Load a config as PEFT does, check its folder, and make `library` an absolute path.
+
+        For a library on the Hub, this downloads all files that answering needs; PEFT itself downloads the config and one
+        weights file only.
+
+        Args:
+            pretrained_model_name_or_path: local folder, or repository on the Hub.
+            subfolder: folder of the config in it.
+            kwargs: as PEFT's, such as `revision`, `token` and `cache_dir`.
 
         Raises:
-            ValueError: if the config stands for a library and names another one, or for nothing; or if a stack's config does
-                not fit the tensors beside it.
+            ValueError: if the config of a library names another library or none; or if a stack's config does not fit the
+                tensors in its folder.
         """
         config: BrainstacksConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        # PEFT takes a path that exists for a folder, and anything else for a repository.
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         local = (folder / CONFIG_NAME).is_file()
         check_kind(config, folder)

@@ -1,6 +1,6 @@
-"""A PEFT folder of ours: whether it is one stack or stands for a library, and that its two files say the same.
+"""Checks of a PEFT folder that holds one stack or stands for a library: its two files must agree.
 
-All is checked before PEFT makes or copies anything by what the folder says.
+The checks run before PEFT allocates a tensor or copies a weight, because PEFT trusts the sizes and names in the files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES, SAFETENSORS_
 from axolotl_brainstacks.guarded import load_tensors
 
 MANIFEST = "manifest.json"
-# The files of a library that answers need.
+# The files of a library that answering needs, as patterns for a download.
 NEEDED = (
     *(MANIFEST, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
     *(f"stacks/*/{file}" for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)),
@@ -26,7 +26,7 @@ NEEDED = (
 
 
 class FolderConfig(Protocol):
-    """The keys of `BrainstacksConfig` that say what kind of folder it lies in, and how large its tensors are."""
+    """The keys of `BrainstacksConfig` that tell the kind of its folder and the sizes of the tensors in it."""
 
     library: str | None
     target_modules: list[str] | str | None
@@ -35,15 +35,24 @@ class FolderConfig(Protocol):
     num_experts: int
 
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """Number of rows of a projection's A matrix."""
+        ...
 
 
 def check_kind(config: FolderConfig, folder: Path) -> None:
-    """A stack's config has targets. One that stands for a library has none, and names its own folder if that is a library.
+    """Check that `config` is either the config of a stack or that of a library.
+
+    The config of a stack names target modules. The config of a library names none, and if it lies in a library's folder, its
+    `library` is that folder.
+
+    Args:
+        config: as read from `folder`.
+        folder: where the config lies.
 
     Raises:
-        ValueError: otherwise: the model would be the base alone, have a stack that no route chooses, or another library; also
-            when the weights beside it, which PEFT reads next, are damaged.
+        ValueError: if the config is neither, since PEFT would then load the base model alone, a stack that no route chooses,
+            or another library; or if the weights next to it are damaged.
     """
     file, is_library = folder / CONFIG_NAME, (folder / MANIFEST).is_file()
     fix = "restore the file from a copy, or run `axolotl train` on its YAML again, which writes it anew"
@@ -62,13 +71,15 @@ def check_kind(config: FolderConfig, folder: Path) -> None:
         )
     if is_library and config.library != ".":
         raise ValueError(f"{file} lies in a library, so `library` must be '.', but is {config.library!r}: {fix}")
-    # A library's own are checked when it is attached, their hash first.
+    # PEFT reads these weights next. Those in a library's folder are checked with their hash when it is attached.
     if not is_library and (weights := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         load_tensors(weights)
 
 
 def check_rank(config: FolderConfig, folder: Path) -> None:
-    """PEFT makes a stack of the size that the config says; the tensors beside it say how large it may be.
+    """Check that the config's rank and number of experts are those of the tensors in `folder`.
+
+    PEFT allocates a stack of the size that the config gives, which a damaged or altered file can make arbitrarily large.
 
     Raises:
         ValueError: if the two differ.
@@ -76,8 +87,8 @@ def check_rank(config: FolderConfig, folder: Path) -> None:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         return
-    sides = [tensor for key, tensor in load_tensors(weights).items() if "brainstacks_A" in key]
-    found = {tensor.shape[0] if tensor.dim() else 0 for tensor in sides}
+    a_matrices = [tensor for key, tensor in load_tensors(weights).items() if "brainstacks_A" in key]
+    found = {tensor.shape[0] if tensor.dim() else 0 for tensor in a_matrices}
     if found - {config.rows}:
         raise ValueError(
             f"{weights} holds A matrices of {min(found - {config.rows})} rows, but r {config.r} and num_experts "
@@ -86,16 +97,19 @@ def check_rank(config: FolderConfig, folder: Path) -> None:
 
 
 def fetch_library(config: FolderConfig, repository: str, subfolder: str, options: Mapping[str, Any]) -> str:
-    """Fetch what answers need of the library that `config`, in `subfolder` of a Hub repository, names.
+    """Download the files that answering needs of a library on the Hub.
 
     Args:
-        options: of `hf_hub_download`, such as revision, token and cache_dir.
+        config: a config of the repository, which names the library.
+        repository: name on the Hub.
+        subfolder: where in the repository the config lies; `config.library` is relative to it.
+        options: of `hf_hub_download`, such as `revision`, `token` and `cache_dir`.
 
     Returns:
-        its folder here.
+        The absolute path of the library's local copy.
 
     Raises:
-        ValueError: if the library lies outside of the repository, or as `check_kind`.
+        ValueError: if the library lies outside of the repository, or as `check_kind` raises it.
     """
     from huggingface_hub import snapshot_download
 

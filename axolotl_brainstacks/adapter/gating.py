@@ -1,4 +1,6 @@
-"""Which experts a token uses: noisy top-k gates and the load balance (Shazeer et al. 2017; arXiv 2604.01152)."""
+"""Expert gates: which experts a token uses (noisy top-k, Shazeer et al. 2017) and the load-balance loss that keeps all
+experts in use (arXiv 2604.01152, MoE-LoRA building block).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gating:
-    """How the rows of an A-side matmul are read: per stack n gate logits, n noise scales if `noisy_rows`, n experts of r.
+    """How `gated` reads the output of a stack's A-side matmul, and what it does with it.
 
-    scaling: of the gated activations. noisy: draw noise (training). balance: weight of the load-balance loss, whose
-    gradient is made in backward; None where nothing is to be counted.
+    The last dimension of that output holds, per stack, n gate logits, then n noise scales if `noise_rows`, then the rank-space
+    activations of n experts, r each.
+
+    Attributes:
+        n: number of experts.
+        r: rank of each expert.
+        k: experts that a token uses.
+        scaling: factor on the gated activations.
+        noise_rows: whether the noise scales are there; frozen stacks are kept without them.
+        noisy: whether to add noise to the gate logits, as in training; needs `noise_rows`.
+        balance: weight of the load-balance loss, whose gradient is added in backward; None: no loss and no counts.
     """
 
     n: int
@@ -26,34 +37,49 @@ class Gating:
     noisy: bool = False
     balance: float | None = None
 
+    @property
+    def first_rank(self) -> int:
+        """Where the experts' activations start."""
+        return self.n * (2 if self.noise_rows else 1)
+
 
 @dataclass
 class BatchTokens:
-    """What all layers of a model share: the tokens of the batch under way, and whether trained stacks compute.
+    """State of the current batch that all layers of a model share.
 
-    share: (rows, tokens, 1, 1), what each token counts in the load balance: padding nothing; None: all alike.
-    frozen_only: stacks in training are off, all at once.
+    Attributes:
+        share: (rows, tokens, 1, 1), fp32, weight of each token in the load-balance loss: 0 at padding, summing to 1. None: all
+            tokens weigh the same.
+        frozen_only: whether the stacks in training are off in all layers.
     """
 
     share: Tensor | None = None
     frozen_only: bool = False
 
     def set_mask(self, mask: Tensor | None) -> None:
-        """Take in an attention mask (rows, tokens), 0 at padding; masks of other shapes say nothing about tokens."""
+        """Set `share` from an attention mask (rows, tokens), 0 at padding.
+
+        A mask of another shape, such as a 4-D one, does not tell which tokens are padding.
+        """
         self.share = None
         if mask is not None and mask.dim() == 2:
             real = mask.ne(0).float()
             self.share = (real / real.sum())[..., None, None]
 
     def share_of(self, x: Tensor) -> Tensor | None:
-        """The tokens' shares if `x` (..., features) holds the tokens of this batch."""
+        """`share` on the device of `x` (..., features), or None unless `x` has this batch's rows and tokens."""
         return self.share.to(x.device) if self.share is not None and self.share.shape[:-2] == x.shape[:-1] else None
 
 
 def top_k_gates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Softmax over the k largest logits of the last dimension, exactly 0 elsewhere; and where those k are.
+    """Softmax over the k largest logits of the last dimension, and exactly 0 elsewhere.
 
-    Exactly k are chosen, also when logits tie. Shape and dtype of the gates are those of `logits`.
+    Args:
+        logits: (..., n).
+        k: number of entries to keep; exactly k are kept, also when logits tie.
+
+    Returns:
+        The gates (..., n) in the dtype of `logits`, and the indices of the k chosen entries (..., k), int64.
     """
     values, chosen = logits.topk(k, dim=-1)
     return torch.zeros_like(logits).scatter_(-1, chosen, values.softmax(-1)), chosen
@@ -62,21 +88,23 @@ def top_k_gates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def gated(
     h: Tensor, gating: Gating, weights: Tensor | None = None, share: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gated, scaled rank-space activations, and what the load balance is about.
+    """Multiply each expert's rank-space activations by its gate, and count how evenly the experts are used.
 
-    One autograd node with a backward of its own, because the tensors are so small that the number of operations is
-    what counts. It saves no copy of the activations besides its own output, and it makes the load-balance gradient
-    there and then: so that needs nothing from the trainer, and survives both kinds of gradient checkpointing, DDP and
-    DeepSpeed.
+    This is one autograd node with a hand-written backward, for two reasons. The tensors are so small that the number of
+    kernel launches sets the time. And the backward adds the gradient of the load-balance loss itself, so the trainer need not
+    add a loss term, and both kinds of gradient checkpointing, DDP and DeepSpeed keep it. No activation is saved except the
+    output z.
 
     Args:
-        h: (..., stacks, rows), rows as `Gating` says.
-        weights: factors of the gates, broadcast over (..., stacks, n); without a gradient of their own.
-        share: what each token counts in the load balance, broadcast over (..., stacks, n), summing to 1; None: alike.
+        h: (..., stacks, features), features as `Gating` describes.
+        weights: factors on the gates, broadcast over (..., stacks, n); they get no gradient.
+        share: weight of each token in the load-balance loss, broadcast over (..., stacks, n), summing to 1; None: all tokens
+            weigh the same.
 
     Returns:
-        z (..., stacks * n * r), and counts (n + 2): each expert's share of the assignments, the balance loss
-        (k when all are used alike, up to n when k get everything), and 1; empty without `gating.balance`.
+        z (..., stacks * n * r) in the dtype of `h`, and counts (n + 2,): each expert's share of the assignments, the balance
+        loss (k when all experts are used equally, up to n when k experts get every token), and 1, so that a sum of counts
+        also counts the forwards. Without `gating.balance`, counts is empty.
     """
     if torch.is_grad_enabled() and h.requires_grad:
         z, counts = _Gated.apply(h, gating, weights, share)  # type: ignore[no-untyped-call]
@@ -86,49 +114,74 @@ def gated(
 
 
 def matmul(x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
-    """``linear(x, matrix)``, or ``y + x @ matrix`` for a given `y`."""
+    """``linear(x, matrix)`` with matrix (out, in); with `y`, ``y + x @ matrix`` with matrix (in, out)."""
     return F.linear(x, matrix) if y is None else multiply_add(y, x, matrix)
 
 
 def multiply_add(y: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
-    """``y + z @ matrix`` in the dtype of `y` (..., out), in one pass over it where the dtypes agree: matrix (ranks, out)."""
+    """``y + z @ matrix``.
+
+    Args:
+        y: (..., out).
+        z: (..., ranks).
+        matrix: (ranks, out).
+
+    Returns:
+        (..., out) in the dtype of `y`.
+    """
     if y.dtype != z.dtype or torch.is_autocast_enabled(y.device.type):
         return y + (z @ matrix).to(y.dtype)
-    rows, ranks = (
-        y.reshape(-1, y.shape[-1]),
-        z.reshape(-1, z.shape[-1]),
-    )  # one token may come without a dimension for it
-    return torch.addmm(rows, ranks, matrix).view(y.shape)
+    # addmm reads and writes y once. It takes 2-D tensors only, and y may have any number of leading dimensions, even none.
+    flat_y = y.reshape(-1, y.shape[-1])
+    flat_z = z.reshape(-1, z.shape[-1])
+    return torch.addmm(flat_y, flat_z, matrix).view(y.shape)
 
 
 def _gate(
     h: Tensor, gating: Gating, weights: Tensor | None, share: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """What `gated` returns, and what its backward needs besides z."""
-    n, lead = gating.n, gating.n * (2 if gating.noise_rows else 1)
-    wide = torch.promote_types(h.dtype, torch.float32)
-    logits = h[..., :n].to(wide)
-    noise = scale = None
-    if gating.noisy:
-        scale = h[..., n : 2 * n].to(wide)
-        noise = torch.randn_like(logits)
-        logits = torch.addcmul(logits, F.softplus(scale), noise)
-    gates, chosen = top_k_gates(logits, gating.k)
+    """What `gated` returns, and the tensors that its backward needs besides z."""
+    logits, scale, noise = _noisy_logits(h, gating)  # (..., stacks, n) each
+    gates, chosen = top_k_gates(logits, gating.k)  # (..., stacks, n), (..., stacks, k)
     factors = gates * gating.scaling
     if weights is not None:
         factors = factors * weights
-    z = (h[..., lead:].unflatten(-1, (n, gating.r)) * factors.unsqueeze(-1)).to(h.dtype)
+    activations = h[..., gating.first_rank :].unflatten(-1, (gating.n, gating.r))  # (..., stacks, n, r)
+    z = (activations * factors.unsqueeze(-1)).to(h.dtype)
     counts = logits.new_empty(0)
     probabilities = use = None
     if gating.balance is not None:
-        probabilities = logits.softmax(-1)
         if share is None:
-            share = logits.new_full((), n / logits.numel())
-        kept = torch.zeros_like(logits).scatter_(-1, chosen, 1.0)
-        use = (kept * share).flatten(0, -2).sum(0) / gating.k
-        loss = n * gating.k * ((probabilities * share).flatten(0, -2).sum(0) * use).sum()
-        counts = torch.cat([use, loss.view(1), loss.new_ones(1)])
+            share = logits.new_full((), gating.n / logits.numel())  # 1 / (tokens * stacks)
+        counts, probabilities, use = _load_balance(logits, chosen, share, gating)
     return z.flatten(-3), counts, (gates, factors, scale, noise, probabilities, use, share)
+
+
+def _noisy_logits(h: Tensor, gating: Gating) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gate logits, at least in fp32, with noise of a learned scale if `gating.noisy`; then that scale and the noise."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    logits = h[..., : gating.n].to(dtype)
+    if not gating.noisy:
+        return logits, None, None
+    scale = h[..., gating.n : 2 * gating.n].to(dtype)
+    noise = torch.randn_like(logits)
+    return torch.addcmul(logits, F.softplus(scale), noise), scale, noise
+
+
+def _load_balance(logits: Tensor, chosen: Tensor, share: Tensor, gating: Gating) -> tuple[Tensor, Tensor, Tensor]:
+    """The balance loss ``n k sum_e P_e f_e`` and its parts.
+
+    P_e is the tokens' mean softmax probability of expert e, f_e its share of the assignments.
+
+    Returns:
+        counts (n + 2,) as `gated` returns them, the probabilities (..., stacks, n), and f (n,).
+    """
+    probabilities = logits.softmax(-1)
+    kept = torch.zeros_like(logits).scatter_(-1, chosen, 1.0)  # (..., stacks, n), 1 where a token uses an expert
+    use = (kept * share).flatten(0, -2).sum(0) / gating.k
+    mean_probabilities = (probabilities * share).flatten(0, -2).sum(0)
+    loss = gating.n * gating.k * (mean_probabilities * use).sum()
+    return torch.cat([use, loss.view(1), loss.new_ones(1)]), probabilities, use
 
 
 class _Gated(torch.autograd.Function):
@@ -136,29 +189,41 @@ class _Gated(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, gating: Gating, weights: Tensor | None, share: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        z, counts, kept = _gate(h, gating, weights, share)
+        z, counts, saved = _gate(h, gating, weights, share)
         ctx.gating = gating
         ctx.mark_non_differentiable(counts)
-        ctx.save_for_backward(z, *kept)
+        ctx.save_for_backward(z, *saved)
         return z, counts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
-        z, gates, factors, scale, noise, probabilities, use, share = ctx.saved_tensors
         gating: Gating = ctx.gating
-        shape = (*gates.shape, gating.r)
-        grad = grad.view(shape)
-        # With z = gate * factor * activation, gate * d/d(gate) is <grad, z>: the softmax's backward needs just that.
-        grad_dot_gate = (grad.to(gates.dtype) * z.view(shape)).sum(-1)
-        grad_logits = grad_dot_gate - gates * grad_dot_gate.sum(-1, keepdim=True)
+        z, gates, factors, scale, noise, probabilities, use, share = ctx.saved_tensors
+        grad = grad.view(*gates.shape, gating.r)  # (..., stacks, n, r)
+        grad_logits = _gate_grad(grad, z.view(grad.shape), gates)  # (..., stacks, n)
         if gating.balance is not None:
-            weighted_probs = probabilities * use
-            grad_logits += (weighted_probs - probabilities * weighted_probs.sum(-1, keepdim=True)) * (
-                share * (gating.balance * gating.n * gating.k)
-            )
-        grad_gate = [grad_logits]
+            grad_logits += _balance_grad(probabilities, use, share, gating, gating.balance)
+        parts = [grad_logits]
         if gating.noise_rows:
-            grad_gate.append(grad_logits * noise * scale.sigmoid() if gating.noisy else torch.zeros_like(grad_logits))
-        to_ranks = (grad * factors.unsqueeze(-1)).flatten(-2)
-        return torch.cat([*grad_gate, to_ranks], dim=-1).to(grad.dtype), None, None, None
+            # logit = h_gate + softplus(scale) * noise, and the derivative of softplus is the sigmoid.
+            parts.append(grad_logits * noise * scale.sigmoid() if gating.noisy else torch.zeros_like(grad_logits))
+        parts.append((grad * factors.unsqueeze(-1)).flatten(-2))  # (..., stacks, n * r)
+        return torch.cat(parts, dim=-1).to(grad.dtype), None, None, None
+
+
+def _gate_grad(grad: Tensor, z: Tensor, gates: Tensor) -> Tensor:
+    """The logits' gradient through the top-k softmax, (..., stacks, n), for `grad` and `z` (..., stacks, n, r).
+
+    The softmax's backward needs gate * d/d(gate). As z = gate * factor * activation, that is <grad, z>, so the activations
+    need not be saved. It is 0 where an expert was not chosen.
+    """
+    grad_dot_gate = (grad.to(gates.dtype) * z).sum(-1)
+    return grad_dot_gate - gates * grad_dot_gate.sum(-1, keepdim=True)
+
+
+def _balance_grad(probabilities: Tensor, use: Tensor, share: Tensor, gating: Gating, weight: float) -> Tensor:
+    """The logits' gradient of the weighted balance loss, (..., stacks, n); f (`use`) is a count and has no gradient."""
+    weighted_probs = probabilities * use
+    through_softmax = weighted_probs - probabilities * weighted_probs.sum(-1, keepdim=True)
+    return through_softmax * (share * (weight * gating.n * gating.k))

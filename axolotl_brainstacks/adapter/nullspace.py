@@ -1,11 +1,12 @@
 """The null space: output directions of other domains, which a new stack must not touch (arXiv 2604.01152, null space).
 
-Per projection we keep ``V`` (out, d) with orthonormal columns. A new stack is trained with ``B' = B - V (V^T B)``, so its
-output never has a component along ``V``, and the same B' is folded into the stack when it is frozen.
+For each projection, ``V`` (out, d) has orthonormal columns that span the directions which earlier domains use. A new stack is
+trained with ``B' = B - V (V^T B)``, so its output never has a component along ``V``. When it is frozen, B' is stored.
 
-A frozen stack's output is ``z @ B`` with few ranks R in ``z``; the deltas' second moment ``B^T (sum w z z^T) B`` is
-therefore known exactly from one R x R matrix per projection. So no sketch and no stored activations are needed: one pass
-over the calibration rows, memory bounded by rank, and the directions are the exact leading ones.
+The directions of a domain are the principal components of its stacks' outputs. Such an output is a delta ``z @ B`` with z (R,)
+and B (R, out), where the number of ranks R is small. So the second moment of the deltas, ``B^T G B``, follows exactly from
+``G = sum_t w_t z_t z_t^T`` (R, R). One pass over the calibration examples accumulates G; neither the activations nor any
+(out, out) matrix is stored, and the principal components are exact, not the estimates of a randomised sketch.
 """
 
 from __future__ import annotations
@@ -17,29 +18,56 @@ from torch import Tensor
 
 
 def project_out(weight: Tensor, basis: Tensor) -> Tensor:
-    """``W - V (V^T W)``: `weight` (out, r) without its components along `basis` (out, d), in the wider of their dtypes."""
+    """``W - V (V^T W)``: remove from `weight` its components along `basis`.
+
+    Args:
+        weight: W (out, r).
+        basis: V (out, d), orthonormal columns.
+
+    Returns:
+        (out, r) in the wider of the two dtypes.
+    """
     dtype = torch.promote_types(weight.dtype, basis.dtype)
     weight, basis = weight.to(dtype), basis.to(dtype)
+    # Autocast would multiply in bf16 and leave components along V that are far larger than fp32 rounding.
     with torch.autocast(weight.device.type, enabled=False):
         return weight - basis @ (basis.T @ weight)
 
 
 def leakage(weight: Tensor, basis: Tensor) -> float:
-    """``||V^T W|| / ||W||`` in float64: how much of `weight` (out, r) lies along `basis` (out, d); 0 for a zero weight."""
+    """``||V^T W|| / ||W||``, computed in float64: the part of `weight` that lies along `basis`.
+
+    Args:
+        weight: W (out, r).
+        basis: V (out, d), orthonormal columns.
+
+    Returns:
+        A number from 0 to 1; 0 for a zero weight.
+    """
     weight, basis = weight.double(), basis.double()
     norm = weight.norm()
     return float((basis.T @ weight).norm() / norm) if norm > 0 else 0.0
 
 
 class RankGram:
-    """Weighted second moment ``sum_t w_t z_t z_t^T`` (R, R) of the gated rank-space activations, accumulated in fp32."""
+    """Accumulates the second moment ``G = sum_t w_t z_t z_t^T`` of the gated rank-space activations.
+
+    Attributes:
+        total: (R, R), fp32; None until the first `add`.
+    """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
 
     def add(self, z: Tensor, token_weights: Tensor) -> None:
-        """`z` (rows, tokens, R), `token_weights` (rows, tokens); a weight of 0 leaves a token out."""
-        z = z.detach().flatten(0, -2).float() * token_weights.to(z.device).flatten().float().sqrt().unsqueeze(-1)
+        """Add the tokens of a batch.
+
+        Args:
+            z: (rows, tokens, R).
+            token_weights: w (rows, tokens), not negative; a weight of 0 leaves a token out.
+        """
+        root = token_weights.to(z.device).flatten().float().sqrt().unsqueeze(-1)  # (rows * tokens, 1)
+        z = z.detach().flatten(0, -2).float() * root  # (rows * tokens, R)
         with torch.autocast(z.device.type, enabled=False):
             gram = z.T @ z
         self.total = gram if self.total is None else self.total + gram
@@ -47,7 +75,13 @@ class RankGram:
 
 @dataclass(frozen=True)
 class Fit:
-    """New orthonormal columns (out, d) for one projection, and how much delta energy they and the old ones hold."""
+    """The result of `fit_directions` for one projection.
+
+    Attributes:
+        columns: (out, d), fp32, the new orthonormal columns.
+        captured: energy of the deltas within the span of the old and the new columns.
+        total: energy of the deltas, ``sum_t w_t ||z_t B||^2``.
+    """
 
     columns: Tensor
     captured: float
@@ -55,28 +89,40 @@ class Fit:
 
 
 def fit_directions(gram: Tensor, output: Tensor, basis: Tensor | None, directions: int) -> Fit:
-    """Leading directions of the deltas ``z @ output`` that `basis` does not hold yet.
+    """The principal directions of the deltas ``z @ output`` outside the span of `basis`.
 
     Args:
-        gram: (R, R) second moment of z.
-        output: (R, out) the stacks' B matrices, ranks as rows.
-        basis: (out, d) orthonormal columns kept so far, or None.
-        directions: most columns to add; fewer come back when the deltas, or the space, have no more.
+        gram: G (R, R), second moment of z.
+        output: B (R, out), the stacks' B matrices, ranks as rows.
+        basis: (out, d), orthonormal columns found so far, or None.
+        directions: most columns to add. Fewer are added when the deltas, or the output space, have no more directions.
     """
     gram, output = gram.double(), output.double()
-    held = output.new_zeros(output.shape[1], 0) if basis is None else basis.to(output)
-    total = float(torch.einsum("rs,ro,so->", gram, output, output))
-    rest = output.T - held @ (held.T @ output.T)
-    q, r = torch.linalg.qr(rest)
-    energies, vectors = torch.linalg.eigh(r @ gram @ r.T)
+    held = output.new_zeros(output.shape[1], 0) if basis is None else basis.to(output)  # (out, d)
+    total = float(torch.einsum("rs,ro,so->", gram, output, output))  # tr(B^T G B)
+    rest = output.T - held @ (held.T @ output.T)  # (out, R), B^T outside the span of `held`
+    # With rest = Q T the covariance is Q (T G T^T) Q^T, and Q has orthonormal columns. So its eigenvectors are Q times those
+    # of the small matrix T G T^T.
+    q, t = torch.linalg.qr(rest)  # (out, k), (k, R) with k = min(out, R)
+    energies, vectors = torch.linalg.eigh(t @ gram @ t.T)  # (k,), (k, k)
     order = energies.argsort(descending=True)[: min(directions, output.shape[1] - held.shape[1])]
-    order = order[energies[order] > max(total, 1e-30) * 1e-10]
+    order = order[energies[order] > max(total, 1e-30) * 1e-10]  # the others are zero but for rounding
+    # The new columns are orthogonal to `held` only up to rounding; one QR of them all makes the union orthonormal.
     union = torch.linalg.qr(torch.cat([held, q @ vectors[:, order]], dim=1))[0]
     captured = total - float(rest_energy(gram, output, union))
     return Fit(union[:, held.shape[1] :].float(), captured, total)
 
 
 def rest_energy(gram: Tensor, output: Tensor, basis: Tensor) -> Tensor:
-    """Energy of the deltas outside `basis`: ``tr(P B^T G B P)`` with P the complement's projector; a scalar."""
-    rest = output.T - basis @ (basis.T @ output.T)
+    """Energy of the deltas outside the span of `basis`: ``tr(P B^T G B P)`` with ``P = I - V V^T``.
+
+    Args:
+        gram: G (R, R).
+        output: B (R, out).
+        basis: V (out, d), orthonormal columns.
+
+    Returns:
+        A scalar tensor.
+    """
+    rest = output.T - basis @ (basis.T @ output.T)  # (out, R)
     return ((rest @ gram) * rest).sum()

@@ -1,4 +1,4 @@
-"""Frozen stacks in CPU memory: copied to the device that computes, one decoder layer ahead of their use."""
+"""Offloading: frozen stacks stay in CPU memory and are copied to the GPU one decoder layer before they are needed."""
 
 from __future__ import annotations
 
@@ -13,80 +13,110 @@ from torch import Tensor
 
 from axolotl_brainstacks.adapter.gating import matmul
 
+# "model.layers.3.mlp.up_proj" -> "model.layers.3"
 DECODER_LAYER = re.compile(r".*?\.\d+(?=\.)")
 
 
 class Offloaded(Protocol):
-    """What stays in CPU memory: the frozen stacks of one projection."""
+    """The frozen stacks of one projection, in CPU memory; `StackBank` without its type, which would make a circular import."""
 
     training: bool
 
-    def matrices(self) -> Iterable[Tensor]: ...
+    def matrices(self) -> Iterable[Tensor]:
+        """The matrices that a forward multiplies by, in that order."""
+        ...
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """`held` as it is on the device once `done`; it is kept so that no other tensor gets its address."""
+    """A copy on the device, perhaps still in progress.
+
+    Attributes:
+        held: the tensor in CPU memory. Keeping it alive keeps its address from being reused, and the address is the key of
+            the copy.
+        copy: `held` on the device, once the event `done` has occurred.
+        done: None on a CPU.
+    """
 
     held: Tensor
     copy: Tensor
     done: torch.cuda.Event | None
 
     def ready(self) -> Tensor:
+        """The copy, for use on the current stream."""
         if self.done is not None:
             stream = torch.cuda.current_stream(self.copy.device)
             stream.wait_event(self.done)
+            # The copy belongs to another stream. Without this the allocator could reuse its memory before `stream` is done.
             self.copy.record_stream(stream)
         return self.copy
 
 
 class Offload:
-    """Device copies of the frozen stacks of two decoder layers: the one that computes, and the one that comes next.
+    """Keeps device copies of the frozen stacks of two decoder layers: the current one and the next one.
 
-    On a CPU a copy is the tensor itself.
+    On a CPU, a copy is the tensor itself.
     """
 
     def __init__(self) -> None:
+        # The banks of each decoder layer, in the order in which the model computes, and each bank's number in it.
         self._groups: dict[str, list[Offloaded]] = {}
         self._group_of: dict[Offloaded, int] = {}
+        # The number of the layer that computes; None before the first.
         self._here: int | None = None
         self._copies: dict[tuple[int, torch.Size, torch.device], _Copy] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        # Per device, an event that the GPU passes when it begins the current layer.
         self._reached: dict[torch.device, torch.cuda.Event] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without copies, streams and events, which cannot be copied with the model."""
+        """The state without device copies, streams and events, which `copy.deepcopy` of the model cannot copy."""
         return vars(self) | {"_here": None, "_copies": {}, "_streams": {}, "_reached": {}}
 
     def join(self, bank: Offloaded, module_name: str) -> None:
-        """Serve `bank`, of the projection `module_name`; banks join in the order in which the model computes."""
+        """Register the bank of the projection `module_name`. Banks must join in the order in which the model computes."""
         layer = DECODER_LAYER.match(module_name)
         group = self._groups.setdefault(layer[0] if layer else module_name, [])
         group.append(bank)
         self._group_of[bank] = list(self._groups.values()).index(group)
 
     def forget(self) -> None:
-        """The stacks that are held, or those that are on, have changed."""
-        self._here, self._copies = None, {}
+        """Drop all device copies, because the bank's stacks or the selection of stacks have changed."""
+        self._here = None
+        self._copies = {}
 
     @torch.compiler.disable
     def matmul(self, bank: Offloaded, x: Tensor, matrix: Tensor, y: Tensor | None = None) -> Tensor:
-        """`gating.matmul` for one of `bank.matrices()`."""
-        result: Tensor = _Matmul.apply(x, y, partial(self._fetch, self._group_of[bank], matrix, x.device))  # type: ignore[no-untyped-call]
+        """`gating.matmul` with a device copy of `matrix`, which is one of `bank.matrices()`.
+
+        Args:
+            bank: has joined.
+            x: (..., in), or (..., ranks) with `y`; its device gets the copy.
+            matrix: (out, in), or (ranks, out) with `y`; on the CPU.
+            y: (..., out) to add to, or None.
+        """
+        fetch = partial(self._fetch, self._group_of[bank], matrix, x.device)
+        result: Tensor = _Matmul.apply(x, y, fetch)  # type: ignore[no-untyped-call]
         return result
 
     def _fetch(self, group: int, matrix: Tensor, device: torch.device) -> Tensor:
+        """The device copy of a matrix of layer `group`, ready for use."""
         if group != self._here:
             self._arrive(group, device)
         return self._start(matrix, device).ready()
 
     def _arrive(self, group: int, device: torch.device) -> None:
-        """Start the copies of the layer that comes next: one further on, or one back in a backward pass."""
+        """Begin layer `group`: drop the copies that it does not need, and start those of it and of the layer that follows.
+
+        A forward goes through the layers upwards, a backward downwards; the layer before this one tells which it is.
+        """
         groups = list(self._groups.values())
         ahead = group - 1 if self._here == group + 1 else group + 1
-        if ahead < 0:
+        if ahead < 0:  # a backward has reached the first layer, and the next forward begins there
             ahead = 1
-        elif ahead == len(groups):  # what follows a forward: its backward, or the next token's
+        elif ahead == len(
+            groups
+        ):  # a forward has reached the last layer: its backward follows, or the next token's forward
             ahead = group - 1 if groups[group][0].training else 0
         self._here = group
         self._keep_pace(device)
@@ -98,14 +128,17 @@ class Offload:
             self._start(matrix, device)
 
     def _keep_pace(self, device: torch.device) -> None:
-        """Let the host run one layer ahead of the GPU at most: only what the GPU has passed makes room for new copies."""
+        """Wait until the GPU has begun the previous layer, so that the host is at most one layer ahead of it.
+
+        A host that runs far ahead would allocate the copies of many layers before the GPU has used the first ones.
+        """
         if device.type == "cuda":
             if device in self._reached:
                 self._reached[device].synchronize()
             self._reached[device] = torch.cuda.current_stream(device).record_event()
 
     def _start(self, matrix: Tensor, device: torch.device) -> _Copy:
-        """Begin to copy, unless that has been done already."""
+        """Start a copy, unless it exists already."""
         key = _key(matrix, device)
         if key not in self._copies:
             self._copies[key] = self._copied(matrix, device)
@@ -117,6 +150,7 @@ class Offload:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         stream = self._streams[device]
+        # A stream of its own lets the copy run while the current layer computes.
         with torch.cuda.stream(stream):
             return _Copy(matrix, matrix.to(device, non_blocking=True), stream.record_event())
 
@@ -126,12 +160,14 @@ def _key(matrix: Tensor, device: torch.device) -> tuple[int, torch.Size, torch.d
 
 
 class _Matmul(torch.autograd.Function):
-    """Multiplication by a frozen matrix that is fetched for forward and again for backward, so that none is kept."""
+    """`gating.matmul` by a frozen matrix that forward and backward fetch anew, so that autograd saves no device copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None, fetch: Callable[[], Tensor]) -> Tensor:
         device = x.device.type
-        ctx.fetch, ctx.added, ctx.dtype = fetch, y is not None, x.dtype
+        ctx.fetch = fetch
+        ctx.added = y is not None
+        ctx.dtype = x.dtype
         ctx.computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return matmul(x, fetch(), y)
 
@@ -139,5 +175,5 @@ class _Matmul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         matrix = ctx.fetch().to(ctx.computed)
-        to_x = grad.to(ctx.computed) @ (matrix.T if ctx.added else matrix)
-        return to_x.to(ctx.dtype), grad if ctx.added else None, None
+        grad_x = grad.to(ctx.computed) @ (matrix.T if ctx.added else matrix)
+        return grad_x.to(ctx.dtype), grad if ctx.added else None, None

@@ -1,4 +1,4 @@
-"""Which stacks are on: what someone chose, what the layers were last set to, and the lock that guards both."""
+"""Which stacks are on: the selection that a caller chose, the one that the layers have, and the lock that guards both."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class ModelLock(_thread.RLock):  # type: ignore[misc]  # at run time it can be subclassed
-    """A re-entrant lock that goes with a model: a copy of the model gets a free lock of its own.
+    """A re-entrant lock that can be copied and pickled with its model; the copy gets a new, free lock.
 
-    It is entered and left by compiled code, so that no signal can come between the two.
+    It subclasses the C implementation: a `with` block then enters and leaves it in one step, and no signal handler can raise
+    an exception between taking the lock and guarding it.
     """
 
     def __reduce__(self) -> tuple[type[ModelLock], tuple[()]]:
@@ -20,7 +21,12 @@ class ModelLock(_thread.RLock):  # type: ignore[misc]  # at run time it can be s
 
 @dataclass(frozen=True)
 class FrozenStack:
-    """A stack attached to the model: its name in the library and the domain it belongs to."""
+    """A stack that is attached to the model.
+
+    Attributes:
+        name: in the library.
+        domain: that it was trained for.
+    """
 
     name: str
     domain: str
@@ -28,7 +34,13 @@ class FrozenStack:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The stacks `names` are on, with `weights` (rows, names) or 1 everywhere; `mode` as in `BrainstacksModel.mode`."""
+    """The stacks that are on; all others are off.
+
+    Attributes:
+        names: of the stacks.
+        weights: (rows, names), factor of each stack for each row of the batch; None for 1 everywhere.
+        mode: as in `LibraryTuner.mode`.
+    """
 
     names: tuple[str, ...] = ()
     weights: Tensor | None = None
@@ -36,13 +48,16 @@ class Selection:
 
 
 class SelectionState:
-    """What is attached and what is on. Each attribute is replaced whole, in one step that no interrupt can split.
+    """The attached stacks and the selection of those that are on.
+
+    Every change assigns a whole new object to an attribute. That is one step, so an interrupt leaves the old value or the new
+    one and never a mixture.
 
     Attributes:
-        stacks: attached, oldest first.
-        wanted: what forwards compute with. Who changes it for a while puts the old object back, and nothing else: the
-            next forward switches the layers.
-        applied: what all layers are set to; None while they are being changed, and after an interrupt at that time.
+        stacks: all attached stacks, oldest first.
+        wanted: the selection that forwards must use. A temporary change ends by assigning the old object again; the next
+            forward then switches the layers.
+        applied: the selection that all layers have; None while they are switched, and after an interrupt during that time.
     """
 
     def __init__(self) -> None:
@@ -52,4 +67,5 @@ class SelectionState:
 
     @property
     def settled(self) -> bool:
+        """Whether all layers have the wanted selection."""
         return self.applied is self.wanted

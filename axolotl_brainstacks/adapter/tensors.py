@@ -1,4 +1,4 @@
-"""The tensors of a stack's file, by projection."""
+"""The tensors of a stack's file: their names, the pairs that they form, and the values that they may have."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ PREFIX = "base_model.model."
 OUTPUT = ".brainstacks_B.weight"  # how the name of every B matrix ends
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.brainstacks_(?P<part>[AB])\.weight")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# No trained weight comes near. A larger one could overflow in rows of a batch that do not use the stack: they compute its
-# activations too, times 0.
+# Trained weights are far smaller. With a larger one the activations could overflow, and then also spoil the rows of a batch that
+# do not use the stack: their weight is 0, and 0 * inf is NaN.
 LARGEST = 1e6
 
 
 def is_stack_key(key: str) -> bool:
+    """Whether a stack's file can have a tensor of this name."""
     return _KEY.fullmatch(key) is not None
 
 
 def stack_pairs(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every projection that the stack `name` covers, by module name; no value is read.
+    """Group the tensors of a stack's file by projection. No value is read, so memory-mapped tensors stay on disk.
+
+    Args:
+        name: of the stack, for errors.
+        tensors: by the names in the file.
+
+    Returns:
+        By module name, A (2 * experts + experts * r, in) and B (out, experts * r).
 
     Raises:
-        ValueError: if a tensor is unknown, there twice or no floating-point number, or has no partner.
+        ValueError: if a tensor's name is unknown or occurs twice, its dtype is not floating-point, or the other matrix of its
+            projection is missing.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -37,7 +46,7 @@ def stack_pairs(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Ten
                 f"Stack {name}: {key!r} is of type {tensor.dtype}, which stacks are not: restore the file from a copy"
             )
         pair = pairs.setdefault(match["module"], {})
-        if match["part"] in pair:
+        if match["part"] in pair:  # once with PEFT's prefix and once without
             raise ValueError(f"Stack {name}: {key!r} is there twice: restore the file from a copy")
         pair[match["part"]] = tensor
     for module_name, pair in pairs.items():
@@ -49,18 +58,20 @@ def stack_pairs(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Ten
 
 
 def check_values(owner: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Read all values once.
+    """Check that all values are finite and not too large. This reads every value once.
 
     Args:
-        dtype: what they will be kept as; None for a type that holds `LARGEST`.
+        owner: what the tensors belong to, for errors.
+        tensors: floating-point tensors.
+        dtype: dtype that the values will be stored in, which may have a lower limit; None: one that can hold `LARGEST`.
 
     Raises:
-        ValueError: for a NaN, an infinity, or a value that is too large.
+        ValueError: if a value is NaN, infinite, or larger than `LARGEST` or `dtype` allows.
     """
     limit = min(LARGEST, torch.finfo(dtype or torch.float32).max)
     for key, tensor in tensors.items():
         low, high = (float(value) for value in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
-        # Not `high > limit`: aminmax hands a NaN on, and every comparison with it is false.
+        # aminmax returns NaN if any value is NaN. Every comparison with NaN is false, so only the negated form rejects it.
         if not (-limit <= low and high <= limit):
             raise ValueError(
                 f"{owner}: {key!r} has values from {low:g} to {high:g}, where finite ones up to {limit:g} are possible: "
@@ -69,7 +80,7 @@ def check_values(owner: str, tensors: Mapping[str, Tensor], dtype: torch.dtype |
 
 
 def stack_tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The inverse: what a stack's file holds."""
+    """The inverse of `stack_pairs`: the tensors of a stack's file, by the names that PEFT gives them."""
     return {
         f"{PREFIX}{module_name}.brainstacks_{side}.weight": tensor
         for module_name, pair in pairs.items()

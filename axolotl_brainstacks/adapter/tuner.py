@@ -1,4 +1,4 @@
-"""The PEFT tuner: wraps projections, holds the frozen stacks, switches them on and off."""
+"""The PEFT tuner: it wraps projections, attaches frozen stacks, and switches them on and off."""
 
 from __future__ import annotations
 
@@ -29,16 +29,20 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class StackTuner(BaseTuner):
     """MoE-LoRA stacks on a frozen base model (arXiv 2604.01152, MoE-LoRA building block).
 
-    The stack in training is a PEFT adapter. Frozen stacks are buffers of the layers, outside PEFT's set of adapters: they
-    are never trained, never in a checkpoint, and stay on when PEFT disables adapters.
+    The stack in training is a PEFT adapter. Frozen stacks are buffers of the layers and no adapters in PEFT's sense: they are
+    never trained, never in a checkpoint, and stay on when PEFT disables adapters.
 
     Threads: forwards, `using_stacks`, `use_stacks`, `disable_adapter`, `attach_stack` and `detach_stack` take the model's
-    `lock`, so each thread computes with the stacks that it chose, one after the other. A block of `with using_stacks(...)`
-    holds the lock: other threads wait until it ends, so a block must not wait for an answer of another thread. What
-    `use_stacks` chooses holds for all threads. Not guarded: calls of the base model that PEFT wraps (`get_base_model()`),
-    training, moving and copying.
+    `lock`, so threads compute one after the other, each with the stacks that it chose. A block of `with using_stacks(...)`
+    holds the lock and other threads wait until it ends, so the block must not wait for another thread's answer. A selection
+    that `use_stacks` makes holds for all threads. The lock does not guard calls of the base model inside
+    (`get_base_model()`), training, moving to another device, and copying.
 
-    Interrupts: after an exception, at whatever point, the stacks that were chosen before are on in the next forward.
+    Interrupts: whenever an exception arrives, the next forward uses the stacks that were chosen before.
+
+    Attributes:
+        lock: guards the selection, and with it the forwards.
+        selection: the attached stacks and those that are on.
     """
 
     prefix: str = "brainstacks_"
@@ -59,14 +63,18 @@ class StackTuner(BaseTuner):
             return False
         whole_names = () if isinstance(peft_config.target_modules, str) else peft_config.target_modules or ()
         if found and peft_config.layers_to_transform is not None and key in whole_names:
-            # PEFT heeds the choice of layers for the ends of names only, not for whole ones, which "all-linear" becomes.
+            # PEFT expands "all-linear" to full module names, and it applies `layers_to_transform` only to modules that are named
+            # by their suffix. So ask it about the suffix.
             by_end = copy.copy(peft_config)
             by_end.target_modules = [key.rpartition(".")[2]]
             return "." in key and super()._check_target_module_exists(by_end, key)
         return found
 
     def _language_model_prefixes(self) -> tuple[str, ...]:
-        """Paths of a composite model's parts that read or write text; its vision and audio towers must stay as they are."""
+        """Name prefixes of the modules that read or write text, such as "model.language_model."; ("",) for a text-only model.
+
+        The vision and audio towers of a composite model are not wrapped.
+        """
         config = getattr(self.model, "config", None)
         if config is None or not hasattr(config, "get_text_config") or config.get_text_config() is config:
             return ("",)
@@ -90,7 +98,12 @@ class StackTuner(BaseTuner):
         self._wrapped(current_key).update_layer(adapter_name, peft_config)
 
     def _wrapped(self, module_name: str) -> BrainstacksLinear:
-        """The layer around `module_name`, made if it is not there yet."""
+        """The wrapper of the base model's module `module_name`; created if there is none yet.
+
+        Raises:
+            ValueError: if the module is no linear layer, or another PeftModel has wrapped it.
+            AttributeError: if there is no such module.
+        """
         parent, target, target_name = _get_submodules(self.model, module_name)
         if isinstance(target, BrainstacksLinear):
             if target.batch is not self._batch:
@@ -111,6 +124,7 @@ class StackTuner(BaseTuner):
         return layer
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        # BaseTuner.__init__ injects the first adapter, so a subclass's own __init__ would set these attributes too late.
         self.lock = ModelLock()
         self.selection = SelectionState()
         self._batch = BatchTokens()
@@ -137,17 +151,17 @@ class StackTuner(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         base = super()._unload_and_optionally_merge(*args, **kwargs)
         if self._settling is not None:
-            self._settling.remove()
+            self._settling.remove()  # the hook would keep this tuner alive and run in every forward of the base model
         return base
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's hook on the tensors of a folder, before any is copied: it would copy into the base model's weights too.
+        """Check the tensors of a folder. PEFT calls this before it copies them, and it would overwrite base weights as well.
 
         Raises:
-            ValueError: for a tensor that belongs to no stack.
+            ValueError: for a tensor that belongs neither to a stack nor to a module that the adapter may save.
         """
         if foreign := [key for key in state_dict if not is_stack_key(key)]:
             known = _saved_module_keys(model, adapter_name)
@@ -162,7 +176,7 @@ class StackTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's way to mix adapters in a batch. It would drop `adapter_names` silently."""
+        """Reject `adapter_names`, PEFT's argument for several adapters in a batch, which it would silently drop here."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError("Brainstacks routes rows by stack weights, not by `adapter_names`; see `use_stacks`")
         yield
@@ -170,7 +184,7 @@ class StackTuner(BaseTuner):
     # Frozen stacks
 
     def brainstacks_layers(self) -> Iterator[BrainstacksLinear]:
-        """Every wrapped projection, in the model's order."""
+        """All wrapped projections, in the order of the model's modules."""
         return (module for module in self.model.modules() if isinstance(module, BrainstacksLinear))
 
     @property
@@ -179,7 +193,7 @@ class StackTuner(BaseTuner):
         return list(self.selection.stacks)
 
     def offload_frozen(self) -> None:
-        """Keep frozen stacks in CPU memory from here on; a layer's are copied to the GPU while the one before computes.
+        """Keep frozen stacks in CPU memory, and copy those of a decoder layer to the GPU while the layer before it computes.
 
         Raises:
             ValueError: if a stack is in memory already.
@@ -190,7 +204,10 @@ class StackTuner(BaseTuner):
             layer.offload_frozen(self._offload)
 
     def set_frozen_dtype(self, dtype: FrozenDtype) -> None:
-        """Keep frozen stacks in this type from here on, None for the base model's. A library that is loaded sets its own.
+        """Set the dtype of frozen stacks. A library that is loaded sets the one of its manifest.
+
+        Args:
+            dtype: name of a torch dtype; None for the base model's compute dtype.
 
         Raises:
             ValueError: if a stack is in memory already.
@@ -207,11 +224,17 @@ class StackTuner(BaseTuner):
             )
 
     def attach_stack(self, name: str, domain: str, config: BrainstacksConfig, tensors: Mapping[str, Tensor]) -> None:
-        """Add a frozen stack from the tensors of its PEFT folder, and switch all attached stacks on.
+        """Add a frozen stack, and switch all attached stacks on.
+
+        Args:
+            name: of the stack.
+            domain: that the stack belongs to.
+            config: of the stack.
+            tensors: the tensors of its PEFT folder.
 
         Raises:
-            ValueError: if a tensor is unknown, has no partner, or does not fit the model, or the name is attached; then
-                nothing of it stays.
+            ValueError: if a stack of this name is attached, or the tensors are unknown, incomplete, not finite or do not fit
+                the model. The model is then as before.
         """
         with self.lock:
             if name in [stack.name for stack in self.stacks]:
@@ -220,7 +243,7 @@ class StackTuner(BaseTuner):
             check_values(f"Stack {name}", tensors, self._frozen_dtype)
             self._settle_before_forwards()
             self._before_attaching()
-            self._take_out(name)  # what an interrupted call has left
+            self._take_out(name)  # a call that was interrupted may have left a part of this stack
             try:
                 for module_name, (a, b) in pairs.items():
                     self.projection_of(name, module_name).attach(name, config, a, b)
@@ -230,7 +253,11 @@ class StackTuner(BaseTuner):
             self._now_attached((*self.stacks, FrozenStack(name, domain)))
 
     def projection_of(self, stack: str, module_name: str) -> BrainstacksLinear:
-        """The wrapped projection that a stack covers. Raises ValueError if the model has none of that name."""
+        """The wrapped projection `module_name` for the stack `stack`.
+
+        Raises:
+            ValueError: if the model has no such module, or it cannot be wrapped.
+        """
         try:
             return self._wrapped(module_name)
         except AttributeError as error:
@@ -244,22 +271,26 @@ class StackTuner(BaseTuner):
             self._settle()
 
     def _now_attached(self, stacks: tuple[FrozenStack, ...]) -> None:
+        """Record the attached stacks, and switch all of them on."""
         on = Selection(tuple(stack.name for stack in stacks), mode=self.selection.wanted.mode)
-        # In one statement, which no signal splits.
+        # One statement, so that a signal handler cannot run between the two assignments.
         self.selection.stacks, self.selection.wanted = stacks, on
         self._settle()
 
     def _take_out(self, name: str) -> None:
+        """Remove a stack from the layers' banks."""
+        # First, so that an interrupt below leaves the selection unsettled and the next forward switches all layers.
         self.selection.applied = None
         for layer in self.brainstacks_layers():
             layer.bank.remove(name)
 
     def use_stacks(self, names: Sequence[str] | None, weights: Tensor | None = None) -> None:
-        """Switch on exactly the frozen stacks `names` (None: all), for all threads; the trainable stack is not touched.
+        """Switch on exactly the frozen stacks `names`, for all threads. The trainable stack stays as it is.
 
         Args:
-            weights: (rows, len(names)) factor of each stack's output for each row of the batch, None for 1; one row
-                serves any batch. A stack of weight 0 in every row is off: it costs nothing.
+            names: of attached stacks; None for all.
+            weights: (rows, len(names)), factor of each stack's output for each row of the batch; None for 1 everywhere. A
+                single row serves a batch of any size. A stack of weight 0 in every row is off and costs nothing.
 
         Raises:
             ValueError: if a name is not attached, `weights` has another shape or is not finite, or a stack cannot be read.
@@ -272,7 +303,7 @@ class StackTuner(BaseTuner):
     def _selection(
         self, names: Sequence[str] | None, weights: Tensor | None = None, mode: str | None = None
     ) -> Selection:
-        """What `use_stacks` is to do; stacks of weight 0 are left out."""
+        """The selection for `use_stacks`, without the stacks that have weight 0 in every row. Raises ValueError as it does."""
         known = [stack.name for stack in self.stacks]
         names = known if names is None else list(names)
         if unknown := [name for name in names if name not in known]:
@@ -285,10 +316,13 @@ class StackTuner(BaseTuner):
             if not weights.isfinite().all():
                 raise ValueError(f"`weights` for {', '.join(names)} are not finite; a row would spoil all others")
             used = weights.ne(0).any(0).tolist()
-            names, weights = [name for name, use in zip(names, used, strict=True) if use], weights[:, used]
+            names = [name for name, use in zip(names, used, strict=True) if use]
+            weights = weights[:, used]
         return Selection(tuple(names), weights, mode or self.selection.wanted.mode)
 
     def _switch_to(self, selection: Selection) -> None:
+        """Set all layers to `selection`, after its stacks have been read into memory."""
+        # None while the layers change: after an interrupt they may differ from each other.
         self.selection.applied = None
         self._bring_into_memory(selection.names)
         for layer in self.brainstacks_layers():
@@ -296,20 +330,24 @@ class StackTuner(BaseTuner):
         self.selection.applied = selection
 
     def _settle(self, *_: Any) -> None:
-        """Set the layers to what is wanted, unless they are: stacks may have to be read from disk."""
+        """Set the layers to the wanted selection, unless they have it. This may read stacks from disk.
+
+        As a forward pre-hook, it ignores its arguments.
+        """
         if not self.selection.settled:
             with self.lock:
                 self._switch_to(self.selection.wanted)
 
     def _settle_before_forwards(self) -> None:
-        """Also before those that do not come through this module, as `generate`'s."""
+        """Make every forward begin with `_settle`."""
         if self._settling is None:
+            # The hook is on the decoder, because `generate` calls the base model and not this tuner.
             decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model
             self._settling = decoder.register_forward_pre_hook(self._settle)
 
     @contextmanager
     def using_stacks(self, names: Sequence[str] | None, weights: Tensor | None = None) -> Iterator[None]:
-        """`use_stacks` for a while; afterwards the stacks that were on before are on again, with their weights.
+        """`use_stacks` for the length of a `with` block. Afterwards the previous selection holds again, with its weights.
 
         Forwards of other threads wait until the block ends.
         """
@@ -322,20 +360,23 @@ class StackTuner(BaseTuner):
                 self.selection.wanted = before
             self._settle_if_free()
 
-    # Where a subclass holds stacks on disk
+    # Hooks for a subclass whose stacks lie on disk
 
     def _bring_into_memory(self, names: Sequence[str]) -> None:
-        """Have the stacks `names` in the layers' banks before they are switched on."""
+        """Load the stacks `names` into the layers' banks. Called before they are switched on."""
 
     def _before_attaching(self) -> None:
-        """Prepare for a stack on top of those that are attached."""
+        """Called before a stack is attached on top of the others."""
 
     def _settle_if_free(self) -> None:
-        """Set the layers to what is wanted now, unless that costs more than it may be worth."""
+        """Set the layers to the wanted selection now. A subclass may leave that to the next forward where it is expensive."""
         self._settle()
 
+    # Forwards
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # no lock can be compiled
+        """The base model's forward with the stacks that are on; arguments and result are the base model's."""
+        if torch.compiler.is_compiling():  # torch.compile cannot trace a lock
             return self._forward(*args, **kwargs)
         with self.lock:
             return self._forward(*args, **kwargs)
@@ -350,7 +391,10 @@ class StackTuner(BaseTuner):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """As PeftModel's, for callers that have only the tuner: the trainable stack is off for a while."""
+        """Switch the trainable stack off for the length of a `with` block. Frozen stacks stay on.
+
+        `PeftModel.disable_adapter` does the same; this is for callers that have only the tuner.
+        """
         with self.lock:
             before = self._batch.frozen_only
             try:
@@ -362,35 +406,47 @@ class StackTuner(BaseTuner):
     # The stack in training
 
     def reset_stack(self, adapter_name: str, seed: int) -> None:
-        """Make the trainable stack fresh again, the identity."""
+        """Give a trainable stack fresh weights, which change no output.
+
+        Args:
+            adapter_name: of the stack.
+            seed: determines the weights, with the names of the modules.
+        """
         for layer in self.brainstacks_layers():
             if adapter_name in layer.shapes:
                 layer.reset_stack(adapter_name, seed)
 
     def export_stack(self, adapter_name: str) -> dict[str, Tensor]:
-        """The trainable stack as its PEFT file holds it, B folded into the null space's complement; CPU, fp32.
+        """The tensors of the trainable stack's PEFT file, on the CPU in fp32, with B projected out of the null space's basis.
 
-        Every rank must call this: sharded parameters are gathered one projection at a time.
+        Every rank must call this, because sharded parameters are gathered, one projection at a time.
         """
         layers = [layer for layer in self.brainstacks_layers() if adapter_name in layer.shapes]
         return stack_tensors({layer.module_name: layer.export_stack(adapter_name) for layer in layers})
 
     def set_null_space(self, adapter_name: str, bases: Mapping[str, Tensor]) -> None:
-        """Keep the trainable stack off the columns of `bases`: module name -> (out, d). Others are unconstrained."""
+        """Constrain the outputs of a trainable stack.
+
+        Args:
+            adapter_name: of the stack.
+            bases: by module name, (out, d) orthonormal columns that the output must have no component along. Projections
+                without an entry are unconstrained.
+        """
         for layer in self.brainstacks_layers():
             if adapter_name in layer.shapes:
-                basis, (a, b) = bases.get(layer.module_name), layer.trained(adapter_name)
+                basis = bases.get(layer.module_name)
+                a, b = layer.trained(adapter_name)
                 b.basis = None if basis is None else basis.to(a.weight.device, torch.float32)
 
 
 def _embedding_keys(model: nn.Module) -> set[str]:
-    """What PEFT adds to the checkpoint of a model whose vocabulary was resized."""
+    """Names of the embedding weights, which PEFT saves with an adapter when the vocabulary was resized."""
     layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
     return {f"{name}.weight" for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 def _saved_module_keys(model: nn.Module, adapter_name: str) -> set[str]:
-    """Names of the tensors of `modules_to_save`, each a copy beside the module of the base model."""
+    """Names of the tensors of `modules_to_save`. PEFT trains a copy of each such module and keeps the original."""
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Which domains answer a prompt: features of the base model, a small network, thresholds."""
+"""The router at run time: features of the base model, a small network, and thresholds decide which domains a prompt uses."""
 
-# First of all: importing PEFT registers our type, and that imports the modules of this folder.
+# PEFT comes first: its import registers the type BRAINSTACKS, and the registration imports modules of this folder.
 import peft  # noqa: F401

@@ -1,4 +1,4 @@
-"""The outcome router: a small network from a prompt's base hidden states to one independent logit per domain."""
+"""The router's network: it maps a prompt's hidden states to one independent logit per domain."""
 
 import math
 
@@ -10,11 +10,11 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.3, 3.0
 
 
 class OutcomeRouter(nn.Module):
-    """Token projection, attention pooling by a global query and one query per domain, a GELU MLP: the outcome router of
-    arXiv 2604.01152.
+    """Token projection, attention pooling with a global query and one query per domain, and an MLP with GELU (arXiv 2604.01152,
+    outcome router).
 
-    The MLP's hidden layer is shared by the domains; its output row is each domain's own, so that two domains that
-    attend to the same tokens can still disagree. 2.2M parameters for 3,840 features and 5 domains.
+    All domains share the MLP's hidden layer. Each has its own output row, so that two domains that attend to the same tokens
+    can still get different logits. The network has 2.2M parameters for 3,840 features and 5 domains.
 
     Args:
         features: width of the base model's hidden states.
@@ -39,14 +39,17 @@ class OutcomeRouter(nn.Module):
 
         Args:
             hidden: (rows, tokens, features), any float dtype.
-            mask: (rows, tokens), true at real tokens; every row needs one.
+            mask: (rows, tokens), true at real tokens; every row needs at least one.
         """
-        tokens = self.norm(self.project(hidden.to(self.project.weight.dtype)))
-        queries = torch.cat([self.global_query, self.domain_queries])
-        scores = tokens @ queries.T / math.sqrt(tokens.shape[-1])
+        tokens = self.norm(self.project(hidden.to(self.project.weight.dtype)))  # (rows, tokens, width)
+        queries = torch.cat([self.global_query, self.domain_queries])  # (1 + domains, width)
+        scores = tokens @ queries.T / math.sqrt(tokens.shape[-1])  # (rows, tokens, 1 + domains)
         attention = scores.masked_fill(~mask.bool().unsqueeze(-1), -math.inf).softmax(1)
-        pooled = attention.transpose(1, 2) @ tokens
-        context = torch.cat([pooled[:, :1].expand_as(pooled[:, 1:]), pooled[:, 1:]], dim=-1)
-        inner = self.dropout(F.gelu(self.hidden(self.dropout(context))))
-        logits = (inner * self.outputs.weight).sum(-1) + self.outputs.bias
+        pooled = attention.transpose(1, 2) @ tokens  # (rows, 1 + domains, width)
+        # Each domain sees the global vector and its own.
+        own = pooled[:, 1:]
+        seen = torch.cat([pooled[:, :1].expand_as(own), own], dim=-1)  # (rows, domains, 2 * width)
+        inner = self.dropout(F.gelu(self.hidden(self.dropout(seen))))  # (rows, domains, width // 2)
+        # Row d of the output layer acts on domain d's vector only, not on every domain's as `self.outputs(inner)` would.
+        logits = (inner * self.outputs.weight).sum(-1) + self.outputs.bias  # (rows, domains)
         return logits.float() / self.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)

@@ -1,4 +1,4 @@
-"""A fitted router: in memory, on disk in a library, and the route it gives each row of a batch."""
+"""A fitted router: the routes that it gives a batch of prompts, and its files in a library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ WEIGHTS = "router/router.safetensors"
 
 
 class RouterConfig(BaseModel):
-    """`router_config.json`: the network's shape, what it is fed, and how its probabilities become weights."""
+    """`router_config.json`: the network's sizes, its input, and how probabilities become weights.
+
+    Attributes:
+        domains: in the library's order, which is that of the network's outputs.
+        features: width of the base model's hidden states.
+        width: width of the projected tokens.
+        dropout: of the network, in training only.
+        max_tokens: most tokens of a prompt that the router reads, counted from its end.
+        gate: threshold, floors and kind of weights.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,10 +49,12 @@ class RouterConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Route:
-    """What a batch of prompts is answered with; domains in the router's order.
+    """The router's output for a batch of prompts, with domains in the router's order.
 
-    weights: (rows, domains), factor of each domain's stacks. probabilities: (rows, domains). uncovered: (rows,), bool:
-    the router claims the prompt for no domain.
+    Attributes:
+        weights: (rows, domains), fp32, factor of each domain's stacks.
+        probabilities: (rows, domains), fp32.
+        uncovered: (rows,), bool, whether no domain's probability reached the threshold.
     """
 
     weights: Tensor
@@ -52,24 +63,29 @@ class Route:
 
 
 class Stack(Protocol):
-    """A frozen stack, as attached to a model or as listed in a manifest."""
+    """A frozen stack, attached to a model (`FrozenStack`) or listed in a manifest (`StackEntry`)."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The stack's name in the library."""
+        ...
+
     @property
-    def domain(self) -> str: ...
+    def domain(self) -> str:
+        """The domain that it was trained for."""
+        ...
 
 
 @dataclass
 class Router:
-    """The network and what belongs to it."""
+    """The network and its config."""
 
     network: OutcomeRouter
     config: RouterConfig
 
     @classmethod
     def fresh(cls, config: RouterConfig, seed: int) -> Router:
-        """A router with random weights."""
+        """A router with random weights, which depend on the seed only."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = OutcomeRouter(config.features, len(config.domains), config.width, config.dropout)
@@ -77,13 +93,16 @@ class Router:
 
     @property
     def domains(self) -> list[str]:
+        """The domains that the router chooses among, in the order of its outputs."""
         return self.config.domains
 
     @torch.no_grad()
     def route(self, hidden: Tensor, mask: Tensor) -> Route:
-        """The route of every row: `hidden` (rows, tokens, features) and `mask` (rows, tokens) of `base_features`.
+        """Route a batch of prompts. This moves the network to the device of `hidden` and puts it into evaluation mode.
 
-        The network is moved to the features' device once.
+        Args:
+            hidden: (rows, tokens, features), from `base_features`.
+            mask: (rows, tokens), from `base_features`.
 
         Raises:
             ValueError: if the router was fitted on features of another width.
@@ -99,16 +118,21 @@ class Router:
         return Route(weights, probabilities, uncovered)
 
     def stack_weights(self, route: Route, stacks: Iterable[Stack]) -> tuple[list[str], Tensor]:
-        """Names and weights (rows, names) of the stacks that a route needs, for `use_stacks`; see `spread`."""
+        """The arguments of `use_stacks` for a route: names of the stacks it needs, and weights (rows, names); see `spread`."""
         return spread(route.weights, self.domains, stacks)
 
     # On disk
 
     def save(self, library: Library) -> None:
-        """Make this the library's router. Raises ValueError when the library is being written by another process."""
+        """Make this the library's router.
+
+        Raises:
+            ValueError: if another process is writing the library.
+        """
         config = json_to_bytes(self.config.model_dump())
         weights = tensors_to_bytes(dict(self.network.state_dict()), "the router")
         with library.writing():
+            # The manifest comes last: a router counts only once both of its files are whole.
             files = {CONFIG: library.write_file(CONFIG, config), WEIGHTS: library.write_file(WEIGHTS, weights)}
             library.set_router(RouterEntry(files=files, domains=self.domains))
 
@@ -117,8 +141,8 @@ class Router:
         """The library's router, on the CPU.
 
         Raises:
-            ValueError: if there is none, it is stale, knows other domains than the library or has them in another order, or
-                its files are damaged, unlisted or do not fit each other.
+            ValueError: if there is no router, it is stale, its domains or their order are not the library's, or its files are
+                damaged, not listed in the manifest, or do not fit each other.
         """
         fix = "run `axolotl brainstacks-router` on its YAML"
         entry, domains = library.manifest.router, routable_domains(library.manifest)
@@ -136,7 +160,7 @@ class Router:
             return cls._of(config, weights, domains)
         except _Damaged as error:
             raise ValueError(f"{error}: {fix} again") from error
-        # ValidationError and most others are ValueErrors; safetensors and deep JSON have their own.
+        # Pydantic's ValidationError is a ValueError. SafetensorError is not, and torch raises RuntimeError.
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"the router of {library.path} is damaged or was written by another version ({printable(error)}): {fix} again"
@@ -144,7 +168,11 @@ class Router:
 
     @classmethod
     def _of(cls, config: bytes, weights: bytes, domains: list[str]) -> Router:
-        """The router of two files. Nothing is made of a size that is not the weights' own."""
+        """The router from the content of its two files.
+
+        The network is built only after its sizes were checked against the weights, so that a damaged config cannot make this
+        allocate any amount of memory.
+        """
         settings = RouterConfig.model_validate(parse_json(config))
         tensors = parse_tensors(weights, WEIGHTS)
         check_values("The router", tensors)
@@ -157,18 +185,19 @@ class Router:
             raise ValueError(f"{WEIGHTS} is not in fp32")
         router = cls.fresh(settings, seed=0)
         wanted = {name: tensor.shape for name, tensor in router.network.state_dict().items()}
-        if {name: tensor.shape for name, tensor in tensors.items()} != wanted:  # torch would take some other shapes too
+        # `load_state_dict` would accept a few other shapes too, such as (1,) for a scalar.
+        if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
             raise ValueError(f"{WEIGHTS} has other tensors than a router of that shape")
         router.network.load_state_dict(tensors)
         return router
 
 
 class _Damaged(Exception):
-    """A file of the router that is not what the manifest lists."""
+    """A file of the router differs from its entry in the manifest."""
 
 
 def _listed(folder: Path, entry: RouterEntry, file: str) -> bytes:
-    """The content of a file, which is what the manifest lists."""
+    """The content of a file of the library. Raises _Damaged unless its size and SHA-256 are those in the manifest."""
     path, record = folder / file, entry.files.get(file)
     if record is None:
         raise _Damaged(f"{path} is not listed in the manifest")
@@ -181,14 +210,15 @@ def _listed(folder: Path, entry: RouterEntry, file: str) -> bytes:
 
 
 def spread(weights: Tensor, domains: list[str], stacks: Iterable[Stack]) -> tuple[list[str], Tensor]:
-    """A domain's weight goes to all of its stacks (arXiv 2604.01152, per-prompt domain weights).
+    """Give each domain's weight to all of its stacks (arXiv 2604.01152, per-prompt domain weights).
 
     Args:
-        weights: (rows, domains), in the order of `domains`.
+        weights: (rows, domains).
+        domains: names, in the order of the columns of `weights`.
         stacks: in the library's order.
 
     Returns:
-        names of the stacks that any row needs, weights (rows, names).
+        Names of the stacks that any row gives a weight other than 0, and their weights (rows, names).
     """
     used = {domain: column for column, domain in enumerate(domains) if bool((weights[:, column] != 0).any())}
     needed = [stack for stack in stacks if stack.domain in used]
@@ -196,6 +226,6 @@ def spread(weights: Tensor, domains: list[str], stacks: Iterable[Stack]) -> tupl
 
 
 def routable_domains(manifest: Manifest) -> list[str]:
-    """The finished domains that have a stack, in the library's order; a domain whose rounds all failed has none."""
+    """The finished domains that have a stack, in the library's order. A domain none of whose rounds was kept has no stack."""
     with_stacks = {stack.domain for stack in manifest.active_stacks}
     return [entry.name for entry in manifest.domains if entry.answers and entry.name in with_stacks]

@@ -1,1 +1,1 @@
-"""Makes the router: targets discovered by measured loss, features, fit, calibration, evaluation, report."""
+"""Making the router: discovery of targets by measured loss, features, training, calibration, evaluation, report."""

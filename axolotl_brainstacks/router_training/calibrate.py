@@ -1,4 +1,4 @@
-"""Chooses the gate by what it costs: threshold and kind of weights, by measured loss on validation prompts."""
+"""Chooses the router's threshold and kind of weights by the loss that they lead to on validation prompts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ KINDS: tuple[Literal["soft", "hard"], ...] = ("soft", "hard")
 def calibrate(
     meter: LossMeter, found: Sequence[DiscoveryResult], probabilities: Tensor, args: RouterArgs
 ) -> tuple[GateArgs, list[dict[str, Any]]]:
-    """The configured gate with soft weights, unless another one has a clearly lower mean loss; then the lowest.
+    """Choose a threshold and a kind of weights. Every process must call this.
 
-    With `weights: soft` or `hard` it is the configured one, and nothing is measured. On every rank.
+    The configured threshold with soft weights is kept unless other settings have a clearly lower mean loss; then those with the
+    lowest are chosen. With `weights: soft` or `hard`, nothing is measured and the configured settings are kept.
 
     Args:
-        found: the validation prompts.
-        probabilities: (prompts, domains), the router's for them.
+        meter: measures the losses.
+        found: the validation prompts, with the losses that are known.
+        probabilities: (prompts, domains), the router's for these prompts.
+        args: configured settings.
 
     Returns:
-        the gate, and for each gate tried its threshold, its kind of weights and its mean loss per answer token, nats.
+        The chosen settings; and for each settings tried, the threshold, the kind of weights and the mean loss per answer token
+        in nats.
     """
     if args.weights != "auto":
         return args.gate(), []
@@ -43,14 +47,23 @@ def calibrate(
         {"gate_threshold": tried.gate_threshold, "weights": tried.weights, "loss": mean}
         for tried, mean in zip(gates, means, strict=True)
     ]
-    # The lowest of a dozen means on few prompts is often luck, which held-out prompts then do not confirm.
-    better = [number for number, each in enumerate(losses) if clearly_lower(each, losses[0])]
-    return gates[min(better, key=lambda number: means[number], default=0)], tried
+    # Of a dozen means over few prompts, the lowest is often lowest by chance and is not on other prompts. So a change has to be
+    # larger than the standard error. gates[0] is the configured one, with soft weights.
+    better = [i for i, each in enumerate(losses) if clearly_lower(each, losses[0])]
+    return gates[min(better, key=lambda i: means[i], default=0)], tried
 
 
 def clearly_lower(losses: Sequence[float], than: Sequence[float]) -> bool:
-    """Whether the mean of `losses` is below that of `than`, on the same prompts, by more than two standard errors of the
-    paired differences. Never with fewer than two prompts."""
+    """Whether the mean of `losses` is lower than that of `than` by more than two standard errors of the
+    paired differences.
+
+    Args:
+        losses: one per prompt.
+        than: of the same prompts, in the same order.
+
+    Returns:
+        False for fewer than two prompts.
+    """
     gains = [other - loss for loss, other in zip(losses, than, strict=True)]
     return len(gains) > 1 and fmean(gains) > 2 * stdev(gains) / math.sqrt(len(gains))
 
@@ -58,15 +71,23 @@ def clearly_lower(losses: Sequence[float], than: Sequence[float]) -> bool:
 def gate_losses(
     meter: LossMeter, found: Sequence[DiscoveryResult], probabilities: Tensor, gates: Sequence[GateArgs]
 ) -> list[list[float]]:
-    """Mean loss per answer token of each prompt under the weights of each gate, nats: a list of prompts for each gate.
+    """Losses of prompts under the weights that each of several settings gives them. Every process must call this.
 
-    Weights that a prompt was measured under before, by another gate or in discovery, are not measured again.
+    A prompt is not measured again under weights that it had in discovery or that other settings give it too.
+
+    Args:
+        meter: measures the losses.
+        found: the prompts, with the losses that are known.
+        probabilities: (prompts, domains), the router's for these prompts.
+        gates: settings, all with the floors of discovery.
+
+    Returns:
+        For each settings a list with the mean loss per answer token of each prompt, in nats.
     """
     keys = [row_key(item.row) for item in found]
     known: dict[tuple[str, tuple[float, ...]], float] = {}
     for key, item in zip(keys, found, strict=True):
         for domain_set, loss in item.losses.items():
-            # All gates have the same floors, those that discovery measured with.
             known[key, _tuple(set_weights(domain_set, meter.domains, gates[0].floors))] = loss
         if item.base is not None:
             known[key, (0.0,) * len(meter.domains)] = item.base

@@ -1,4 +1,4 @@
-"""`axolotl brainstacks-router`: from a YAML to a library with a router. A launcher runs this as a module."""
+"""`axolotl brainstacks-router X.yml`: makes the router of a library. The command starts this module in a launcher's processes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from axolotl_brainstacks.library.report import PAGE
 from axolotl_brainstacks.plugin import BrainstacksPlugin
 from axolotl_brainstacks.router.router import routable_domains
 from axolotl_brainstacks.router_training import report
-from axolotl_brainstacks.router_training.data import load_samples, split
+from axolotl_brainstacks.router_training.data import load_samples
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.pipeline import EVALUATION, inputs_digest, made_before, make_router
+from axolotl_brainstacks.router_training.split import split
 
 
 def run(config: str) -> None:
-    """Make the router of the library that the YAML `config` names. On every rank.
+    """Make the router of the library that a YAML names. Every process must call this.
+
+    Args:
+        config: path of the YAML.
 
     Raises:
-        ValueError: for anything in the config, the library or the data that the user has to fix.
+        ValueError: if the config, the library or the data have a fault that the user must fix.
     """
     from axolotl.cli.config import load_cfg
     from axolotl.cli.utils import load_model_and_tokenizer
@@ -47,7 +51,7 @@ def run(config: str) -> None:
     library = Library.open(plan.library_path)
     domains = checked_domains(library, plan.block)
     samples = load_samples(plan, library, domains)
-    split(samples, plan.block.router)
+    split(samples, plan.block.router)  # `make_router` splits again; here an error comes before the model is loaded
     digest = inputs_digest(library, samples, plan.block.router)
     check_same("The router's prompts", digest[:12], "give all nodes the same files")
     evaluation = on_main(lambda: made_before(library, digest))
@@ -56,7 +60,8 @@ def run(config: str) -> None:
         return
     model, _, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     base = None
-    if library.manifest.base.weights is None:  # on every rank, because it may gather parameters
+    if library.manifest.base.weights is None:  # a library from an older version
+        # Every process takes part, because sharded parameters are gathered.
         base = BaseModelInfo.of(tuner(model).model, plan.raw["base_model"], plan.raw.get("revision_of_model"))
     meter = LossMeter(
         model, tuner(model), domains, library.manifest.active_stacks, cfg.eval_batch_size or cfg.micro_batch_size
@@ -82,7 +87,11 @@ def _show(library: Library, evaluation: dict[str, Any], state: str) -> None:
 
 
 def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:
-    """The domains to route among. Raises ValueError when there are none, or a setting names one that does not exist."""
+    """The domains that the router will choose among.
+
+    Raises:
+        ValueError: if there are none, or the config names a domain that does not exist or another dtype than the library's.
+    """
     domains = routable_domains(library.manifest)
     if not domains:
         raise ValueError(
@@ -94,7 +103,7 @@ def checked_domains(library: Library, block: BrainstacksBlock) -> list[str]:
 
 
 def main() -> None:
-    """Entry of a launched worker; user errors end in one line."""
+    """Entry point of a process. An error that the user must fix is printed as one line, without a traceback."""
     try:
         run(sys.argv[1])
     except (ValueError, OSError) as error:

@@ -1,17 +1,15 @@
-"""The prompts that the router is made from: held-out ones, where they come from, and how they are split."""
+"""The held-out prompts that the router is trained and evaluated on, and where they come from."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from random import Random
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from axolotl_brainstacks.args import DomainArgs, RouterArgs
+from axolotl_brainstacks.args import DomainArgs
 from axolotl_brainstacks.evaluation import Example, pack_rows, unpack_rows
 from axolotl_brainstacks.library import DomainEntry, Library
 
@@ -23,18 +21,22 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-# Earlier versions kept prompts elsewhere, drawn from training rows: those are not read.
+# Earlier versions kept prompts in another folder. They drew them from training examples, so those files are not read.
 FOLDER = "router/prompts"
-# No domain can be called so: their names start with a letter.
+# The source of prompts of several domains. Names of domains start with a letter, so none is equal to it.
 MIXED = "_mixed"
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = get_args(Part)
 _ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its answer. `labels`: the domains it was written for; none when that is not known."""
+    """A held-out prompt with its answer.
+
+    Attributes:
+        row: the tokenised example.
+        source: the domain whose data it comes from, or `MIXED`.
+        labels: the domains that it was written for; empty if that is not known.
+    """
 
     row: Example
     source: str
@@ -42,11 +44,16 @@ class Sample:
 
 
 def load_samples(plan: Plan, library: Library, domains: Sequence[str]) -> list[Sample]:
-    """Up to `samples` held-out prompts of every domain, and of `mixed_datasets`.
+    """Load up to `router.samples` held-out prompts of each domain and of `router.mixed_datasets`.
 
-    A domain's prompts are drawn from its `router_datasets` in the YAML, or else from its validation data there; for a
-    domain that the YAML does not name they are those of the last run, or else its validation rows in the library. A
-    prompt that a domain of the YAML was trained on is left out, wherever it comes from.
+    The prompts of a domain that the YAML names come from its `router_datasets`, or else from its validation data. Those of
+    another domain are the ones that the last run kept, or else its validation examples in the library. A prompt is left out if
+    any domain of the YAML was trained on it.
+
+    Args:
+        plan: of the YAML.
+        library: whose router is made.
+        domains: of the library, that the router chooses among.
 
     Raises:
         ValueError: if a domain has no held-out prompts, or none with an answer.
@@ -60,7 +67,7 @@ def load_samples(plan: Plan, library: Library, domains: Sequence[str]) -> list[S
     if args.mixed_datasets:
         given.append(_overlay(MIXED, {}, args.mixed_datasets))
     extra = {stage.name: stage for stage in load_domains(plan.raw, given, plan.block)}
-    trained = {prompt for stage in stages.values() for prompt in _prompts(stage)}
+    trained = {digest for stage in stages.values() for digest in _prompts(stage)}
     samples = []
     for source in [*domains, *([MIXED] if args.mixed_datasets else [])]:
         rows: Iterable[Example]
@@ -77,7 +84,7 @@ def load_samples(plan: Plan, library: Library, domains: Sequence[str]) -> list[S
 
 
 def keep_rows(library: Library, samples: Sequence[Sample]) -> None:
-    """Keep the tokens of the samples, for runs whose YAML does not name their domain."""
+    """Write the prompts to the library, for later runs whose YAML does not name their domains."""
     for source in dict.fromkeys(sample.source for sample in samples):
         library.write_file(_file(source), pack_rows([s.row for s in samples if s.source == source]))
 
@@ -87,17 +94,15 @@ def _file(source: str) -> str:
 
 
 def _overlay(name: str, overlay: dict[str, Any], datasets: list[dict[str, Any]]) -> DomainArgs:
-    """An entry whose data is `datasets`, read as the training data of the domain is.
-
-    Axolotl wants validation rows of every stage: half of the data plays that part, and both halves are used.
-    """
+    """An entry of `domains` that loads `datasets` with the settings of the domain `name`, such as its chat template."""
+    # Axolotl requires validation data. So half of the examples are declared to be, and `load_samples` reads both halves.
     ours = {"datasets": datasets, "val_set_size": 0.5, "sample_packing": False, "eval_sample_packing": False}
     kept = {key: value for key, value in overlay.items() if key != "test_datasets"}
     return DomainArgs.model_validate(kept | ours | {"name": name})
 
 
 def _rows(dataset: Dataset) -> Iterator[Example]:
-    """The rows with an answer; only some are in memory at a time."""
+    """The examples that have an answer, of which only `_ROWS_AT_ONCE` are in memory at a time."""
     from axolotl_brainstacks.curriculum.stages import answer_rows
 
     for start in range(0, len(dataset), _ROWS_AT_ONCE):
@@ -106,14 +111,18 @@ def _rows(dataset: Dataset) -> Iterator[Example]:
 
 
 def _prompts(stage: DomainStage) -> Iterator[bytes]:
-    """A digest of each prompt that the domain trains on, in RL rounds too."""
+    """A digest of each prompt that the domain was trained on, in its supervised and its RL rounds."""
     yield from (_digest(prompt) for row in _rows(stage.train_dataset) if (prompt := row.prompt_ids))
     for rl_round in stage.rl_rounds:
         yield from _rl_prompts(rl_round)
 
 
 def _rl_prompts(stage: Stage) -> Iterator[bytes]:
-    """As `_prompts`. TRL reads texts and messages; a supervised row has the tokenizer's first token before a text."""
+    """A digest of each prompt of an RL round, tokenised as the same prompt is in a supervised dataset.
+
+    TRL's prompts are texts or messages. A supervised example may have the tokenizer's BOS token before the text or not, so a
+    prompt has two digests, with and without it.
+    """
     from axolotl.loaders import load_tokenizer
 
     tokenizer = load_tokenizer(stage.cfg)
@@ -131,14 +140,15 @@ def _digest(prompt: Sequence[int]) -> bytes:
 
 
 def _drawn(datasets: Sequence[Dataset], seed: int) -> Iterator[Example]:
+    """The examples of the datasets that have an answer, in an order that depends on the seed only."""
     from datasets import concatenate_datasets
 
-    # Shuffled once over the whole: with more `samples` the first ones stay the same, and what was measured is kept.
+    # One shuffle of all examples: when `router.samples` is raised, the first ones stay the same and keep their measured losses.
     return _rows(concatenate_datasets(list(datasets)).shuffle(seed=seed))
 
 
 def _check_split(library: Library, stage: DomainStage) -> None:
-    """Warn when the validation rows are other ones than while the domain was trained: it may have learned these."""
+    """Warn if the validation examples differ from those at training time, as the domain may have been trained on these."""
     if answering(library, stage.name).validation is not None:
         measured = unpack_rows(library.validation_of(answering(library, stage.name)))
         count = min(len(measured), len(stage.rows))
@@ -152,12 +162,13 @@ def _check_split(library: Library, stage: DomainStage) -> None:
 
 
 def answering(library: Library, domain: str) -> DomainEntry:
-    """The entry of the stacks that answer for a domain: while it is trained again, the old one."""
+    """The entry of the stacks that answer for a domain; while the domain is trained again, that of the old stacks."""
     entry = library.manifest.domain(domain)
     return entry.before or entry
 
 
 def _kept(library: Library, domain: str) -> list[Example]:
+    """The prompts of a domain that the last run kept, or else its validation examples in the library."""
     file = _file(domain)
     try:
         if (data := library.read_file(file)) is not None:
@@ -177,7 +188,7 @@ def _kept(library: Library, domain: str) -> list[Example]:
 
 
 def _held_out(rows: Iterable[Example], trained: set[bytes], limit: int, source: str) -> list[Example]:
-    """The first different rows whose prompt is not in `trained`."""
+    """The first `limit` distinct examples whose prompt is not in `trained`. Raises ValueError if there are none."""
     kept: dict[tuple[tuple[int, ...], tuple[int, ...]], Example] = {}
     seen = dropped = 0
     for row in rows:
@@ -194,7 +205,7 @@ def _held_out(rows: Iterable[Example], trained: set[bytes], limit: int, source: 
     if not kept and dropped:
         raise ValueError(
             f"All {dropped} held-out prompts of `{source}` are among the training rows, and the router must not be made "
-            f"from those: {_more_rows(source)}"
+            f"from those: {more_rows(source)}"
         )
     if not kept:
         raise ValueError(
@@ -204,78 +215,11 @@ def _held_out(rows: Iterable[Example], trained: set[bytes], limit: int, source: 
     return list(kept.values())
 
 
-def _more_rows(source: str) -> str:
+def more_rows(source: str) -> str:
+    """The remedy for too few prompts, for an error."""
     if source == MIXED:
         return "name other rows in `brainstacks.router.mixed_datasets`"
     return (
         "name more rows in `brainstacks.router_datasets` of its entry under `brainstacks.domains`, or hold out more with "
         "`val_set_size` or `test_datasets`"
     )
-
-
-def split(samples: Sequence[Sample], args: RouterArgs) -> list[Part]:
-    """The part each sample belongs to. A prompt goes to one part with all of its answers, whichever sources it is in.
-
-    Raises:
-        ValueError: if a source has too few prompts for each part to get one.
-    """
-    parts: dict[tuple[int, ...], Part] = {}
-    for source in dict.fromkeys(sample.source for sample in samples):
-        prompts = list(dict.fromkeys(tuple(s.row.prompt_ids) for s in samples if s.source == source))
-        Random(f"{args.seed} {source}").shuffle(prompts)
-        found = Counter(parts[prompt] for prompt in prompts if prompt in parts)  # shared with an earlier source
-        shares: dict[Part, float] = {"test": args.test_share, "validation": args.validation_share}
-        wanted = {part: max(1, round(share * len(prompts))) for part, share in shares.items()}
-        for prompt in prompts:
-            if prompt not in parts:
-                parts[prompt] = next((part for part, count in wanted.items() if found[part] < count), "train")
-                found[parts[prompt]] += 1
-        if not all(found[part] for part in PARTS):
-            raise ValueError(
-                f"`{source}` has {len(prompts)} different held-out prompts, too few to be split into training, validation "
-                f"and test parts (`brainstacks.router.samples` allows {args.samples} rows): {_more_rows(source)}"
-            )
-    return [parts[tuple(sample.row.prompt_ids)] for sample in samples]
-
-
-def count_parts(samples: Sequence[Sample], parts: Sequence[Part]) -> dict[str, dict[str, int]]:
-    """By source, how many samples are in each part."""
-    counts = Counter((sample.source, part) for sample, part in zip(samples, parts, strict=True))
-    sources = dict.fromkeys(sample.source for sample in samples)
-    return {source: {part: counts[source, part] for part in PARTS} for source in sources}
-
-
-def joined_in_parts(
-    samples: Sequence[Sample], parts: Sequence[Part], count: int, seed: int
-) -> tuple[list[Sample], list[Part]]:
-    """`count` joined prompts in all, and the part of each: that of both prompts it is made of. A part gets as many as it
-    has samples, in proportion."""
-    sizes = Counter(parts)
-    exact = {part: count * sizes[part] / len(parts) for part in PARTS}
-    shares = {part: int(exact[part]) for part in PARTS}
-    for part in sorted(PARTS, key=lambda part: shares[part] - exact[part])[: count - sum(shares.values())]:
-        shares[part] += 1  # largest remainders first
-    pairs = {
-        part: joined([s for s, other in zip(samples, parts, strict=True) if other == part], share, f"{seed} {part}")
-        for part, share in shares.items()
-    }
-    return [s for of_part in pairs.values() for s in of_part], [part for part in PARTS for _ in pairs[part]]
-
-
-def joined(samples: Sequence[Sample], count: int, seed: int | str) -> list[Sample]:
-    """Prompts of two domains: both questions, then both answers. Made from single-domain samples."""
-    rng = Random(seed)
-    by_domain = {s.source: [t for t in samples if t.source == s.source] for s in samples if s.labels}
-    if len(by_domain) < 2:
-        return []
-    pairs = []
-    for _ in range(count):
-        first, second = (rng.choice(by_domain[domain]) for domain in rng.sample(list(by_domain), 2))
-        a, b = first.row, second.row
-        i, j = len(a.prompt_ids), len(b.prompt_ids)
-        row = Example(
-            a.prompt_ids + b.prompt_ids + a.input_ids[i:] + b.input_ids[j:],
-            a.labels[:i] + b.labels[:j] + a.labels[i:] + b.labels[j:],
-        )
-        pairs.append(Sample(row, MIXED, first.labels + second.labels))
-    return pairs

@@ -1,6 +1,6 @@
-"""Finds each prompt's best set of domains by measured loss (arXiv 2604.01152, outcome router), and keeps every loss.
+"""Discovery: finds each prompt's best set of domains by measured loss, and records every loss (arXiv 2604.01152, outcome router).
 
-A set is measured as it would answer: its domains weigh 1, and those outside it their floors.
+A set of domains is measured with the weights it would answer with: 1 for the domains in it, their floors for the others.
 """
 
 from __future__ import annotations
@@ -30,16 +30,21 @@ from axolotl_brainstacks.router_training.search import DomainSet, Search
 LOG = logging.getLogger(__name__)
 
 FOLDER = "router/discovery"
-# A kill loses at most the chunk it falls into; larger chunks leave fewer batches that are not full.
+# Losses are written after each chunk of examples. Smaller chunks lose less work when the process is killed; larger ones leave
+# fewer batches that are not full.
 BATCHES_PER_CHUNK = 8
 
 
 @dataclass
 class DiscoveryResult:
-    """What discovery learned about one row.
+    """What discovery measured for one example.
 
-    losses: mean losses per answer token, in nats, by set of domains. best, found_by: see `search.Choice`. base: the loss
-    with no stack at all, which is not that of () when a domain has a floor; None until it is measured.
+    Attributes:
+        row: the example.
+        losses: by set of domains, the mean loss per answer token in nats.
+        best, found_by: as in `search.Choice`.
+        base: the loss without any stack; None until it is measured. It differs from the loss of the empty set when a domain has
+            a floor.
     """
 
     row: Example
@@ -50,12 +55,12 @@ class DiscoveryResult:
 
 
 def set_weights(domain_set: DomainSet, domains: Sequence[str], floors: Mapping[str, float]) -> Tensor:
-    """Weights (domains,) of a set: 1 in it, the floor outside. What `gate` gives a router with hard weights."""
+    """Weights (domains,) of a set: 1 for the domains in it, their floors for the others, as `gate` gives with hard weights."""
     return torch.tensor([1.0 if domain in domain_set else floors.get(domain, 0.0) for domain in domains])
 
 
 def row_key(row: Example) -> str:
-    """Names a row by its tokens."""
+    """A key for an example, derived from its tokens and labels."""
     return hashlib.sha256(json.dumps([row.input_ids, row.labels]).encode()).hexdigest()[:16]
 
 
@@ -76,21 +81,34 @@ class _Line(BaseModel):
 
 
 class Records:
-    """`router/discovery/<source>.jsonl`: first a line with each domain's stacks and floor, then a line per row.
+    """The losses of a source's prompts, in `router/discovery/<source>.jsonl`.
 
-    What has changed since is left out when the file is read: losses under sets with a domain that has other stacks now,
-    and those under sets outside which a domain weighs another floor, or the same floor of other stacks.
+    The first line of the file has each domain's stacks and floor, and each further line the losses of one example. Reading the
+    file drops the losses that no longer hold: those of sets with a domain whose stacks have changed, and those of sets without a
+    domain whose floor, or whose stacks under a floor, have changed.
+
+    Args:
+        library: that has the file.
+        source: a domain, or `data.MIXED`.
+        domains: of the library, in its order.
+        floors: by domain, its least weight.
     """
 
     def __init__(self, library: Library, source: str, domains: Sequence[str], floors: Mapping[str, float]) -> None:
-        self.library, self.file, self.domains = library, f"{FOLDER}/{source}.jsonl", list(domains)
+        self.library = library
+        self.file = f"{FOLDER}/{source}.jsonl"
+        self.domains = list(domains)
         self.stacks = {d: [s.name for s in library.manifest.active_stacks if s.domain == d] for d in domains}
         self.floors = {d: floors[d] for d in domains if floors.get(d)}
         self.rows: dict[str, dict[str, Any]] = {}
 
     def read(self) -> dict[str, tuple[dict[DomainSet, float], float | None]]:
-        """By row key: the losses by set of domains, and the base's. Nothing, with a warning, when the file is not what the
-        library's manifest says: it is measured again then."""
+        """The recorded losses that still hold.
+
+        Returns:
+            By `row_key`, the losses by set of domains, and the loss without any stack or None. Empty if there is no file, and,
+            with a warning, if the file is damaged or not the one in the library's manifest; all is measured again then.
+        """
         path = self.library.path / self.file
         try:
             data = self.library.read_file(self.file)
@@ -107,6 +125,7 @@ class Records:
 
     def _losses(self, header: _Header, lines: list[_Line]) -> dict[str, tuple[dict[DomainSet, float], float | None]]:
         stacks, floors = header.stacks, header.floors
+        # Losses of a set hold only if it has no domain of `changed` and every domain of `moved`, whose floor then does not act.
         changed = {d for d in {*stacks, *self.stacks} if stacks.get(d) != self.stacks.get(d)}
         moved = {d for d in {*floors, *self.floors} if floors.get(d) != self.floors.get(d) or d in changed}
         known = {}
@@ -114,7 +133,7 @@ class Records:
             every = {_members(name): loss for name, loss in line.losses.items()}
             if unknown := {domain for names in every for domain in names} - stacks.keys():
                 raise ValueError(f"losses of domain {min(unknown)!r}, whose stacks are not named")
-            # Before there were floors, the empty set was the base.
+            # Files of versions without floors have no key `base`: the empty set meant the base model there.
             base = line.base if "base" in line.model_fields_set else None if floors else every.get(())
             losses = {s: loss for s, loss in every.items() if changed.isdisjoint(s) and moved.issubset(s)}
             if base is not None and not self.floors:
@@ -124,7 +143,7 @@ class Records:
         return known
 
     def write(self, found: Sequence[DiscoveryResult]) -> None:
-        """Add or replace the lines of these rows, atomically."""
+        """Add or replace the lines of these examples. The file is replaced atomically."""
         for item in found:
             key = row_key(item.row)
             self.rows[key] = {
@@ -139,11 +158,13 @@ class Records:
         self.library.write_file(self.file, text.encode())
 
     def _named(self, losses: Mapping[DomainSet, float]) -> dict[str, float]:
+        """The losses with each set written as its domains joined by "+", smaller sets first."""
         ordered = sorted(losses, key=lambda names: (len(names), [self.domains.index(name) for name in names]))
         return {"+".join(names): losses[names] for names in ordered}
 
 
 def _members(name: str) -> DomainSet:
+    """The set of domains that is written as `name`."""
     return tuple(name.split("+")) if name else ()
 
 
@@ -154,11 +175,17 @@ def discover(
     args: RouterArgs,
     named: Mapping[str, Sequence[tuple[str, DomainSet]]] = MappingProxyType({}),
 ) -> dict[str, list[DiscoveryResult]]:
-    """The best set of domains of each row of each source; on every rank, while the main one is writing the library.
+    """Find the best set of domains of each example. Every process must call this, while the main one holds the library's lock.
 
     Args:
-        sources: rows by the name of their records.
-        named: sets to measure whatever the search does, with their names, by `row_key`.
+        library: whose recorded losses are used, and where new ones are written.
+        meter: measures the losses.
+        sources: by source, its examples.
+        args: settings of the search.
+        named: by `row_key`, sets to measure in addition to those that the search asks for, each with its name.
+
+    Returns:
+        By source, a result for each example, in order. Equal examples share one result.
 
     Raises:
         ValueError: if `search: exhaustive` has too many domains.
@@ -189,9 +216,11 @@ def discover(
                 losses, base = known[source].get(row_key(row), ({}, None))
                 distinct[row_key(row)] = DiscoveryResult(row, losses, base=base)
             results[source] = [distinct[row_key(row)] for row in rows]
+            # Examples of similar length come together, so that batches have little padding.
             by_length = sorted(distinct.values(), key=lambda item: len(item.row.input_ids))
             for start in range(0, len(by_length), BATCHES_PER_CHUNK * meter.batch_size):
                 chunk = by_length[start : start + BATCHES_PER_CHUNK * meter.batch_size]
+                # Which sets the search asks for next depends on the losses of those before.
                 while pairs := [(item, names) for item in chunk for names in missing(item)]:
                     asked = torch.stack([weights(names) for _, names in pairs])
                     measured = meter.losses([item.row for item, _ in pairs], asked, progress.measured)
@@ -206,7 +235,7 @@ def discover(
 
 
 class _Progress:
-    """A bar over losses measured. How far the sets of later rows will grow is extrapolated from earlier ones."""
+    """A progress bar that counts losses. Only the search knows how many it needs, so finished examples predict the total."""
 
     def __init__(self, rows: int, domains: int) -> None:
         self.rows, self.rows_done = rows, 0

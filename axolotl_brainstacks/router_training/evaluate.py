@@ -1,4 +1,4 @@
-"""What the router's choices cost on prompts it has never seen, next to what else could have been chosen."""
+"""Evaluation of the router: the losses that its choices lead to on unseen prompts, compared with other choices."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ from axolotl_brainstacks.router_training.data import MIXED, Sample
 from axolotl_brainstacks.router_training.discovery import DiscoveryResult
 from axolotl_brainstacks.router_training.search import DomainSet
 
-# base: no stack. ungated: all on. own_label: the domains that the prompt was written for. trained_with: those that were
-# on when they were trained. soft, hard: the router at the configured threshold. router: the calibrated one, which
-# answers. discovered: the best set found.
+# The choices of stacks that are compared:
+#   base: none.                                          ungated: all.
+#   own_label: those of the prompt's own domains.        trained_with: those that were on when these domains were trained.
+#   soft, hard: the router's, at the configured threshold, with soft or hard weights.
+#   router: the router's with the calibrated settings, which answers use.
+#   discovered: those of the best set of domains that was measured.
 CHOICES = ("base", "ungated", "own_label", "trained_with", "soft", "hard", "router", "discovered")
 ALL = "all domains"
 
 
 @dataclass(frozen=True)
 class EvaluatedPrompt:
-    """An unseen prompt, its mean loss per answer token under each of `CHOICES` that there is, and whether the router
-    claims it for no domain."""
+    """An unseen prompt and its losses.
+
+    Attributes:
+        sample: the prompt with its answer.
+        losses: by choice, the mean loss per answer token in nats. `own_label` and `trained_with` are missing for a prompt
+            without labels.
+        uncovered: whether no domain's probability reached the threshold.
+    """
 
     sample: Sample
     losses: Mapping[str, float]
@@ -31,12 +40,22 @@ class EvaluatedPrompt:
 def summary(
     judged: Sequence[EvaluatedPrompt], samples: Sequence[Sample], found: Sequence[DiscoveryResult], has_floors: bool
 ) -> dict[str, Any]:
-    """Losses are means over unseen prompts, each of which counts alike.
+    """The figures of the evaluation.
 
-    Keys: `losses`, by source, of each choice, with `regret` (router minus discovered), the number of prompts and of
-    uncovered ones. By source, over all `samples`, which discovery `found` something about: `winners`, how often which set
-    was best; `found_by`, how often what found it; both most frequent first; `leaves_out_own`, the share of prompts
-    whose best set lacks a domain that they were written for.
+    Args:
+        judged: the unseen prompts.
+        samples: all prompts.
+        found: their discovery results, in the same order.
+        has_floors: whether a domain has a floor, which acts even if no domain is chosen.
+
+    Returns:
+        By key, a mapping from source to
+
+        - `losses`: the mean of each choice's losses over unseen prompts, their `regret` (router minus discovered), and the
+          numbers `prompts` and `uncovered`;
+        - `winners`: how often each set of domains was best, over all prompts, most frequent first;
+        - `found_by`: how often each step of the search found the best set, most frequent first;
+        - `leaves_out_own`: the share of prompts whose best set lacks one of their own domains.
     """
     losses = {}
     for source in dict.fromkeys(j.sample.source for j in judged):
@@ -64,6 +83,7 @@ def summary(
 
 
 def _row(judged: Sequence[EvaluatedPrompt]) -> dict[str, float | int]:
+    """The row of one source in the table of losses."""
     row: dict[str, float | int] = {"prompts": len(judged), "uncovered": sum(j.uncovered for j in judged)}
     for choice in CHOICES:
         if all(choice in j.losses for j in judged):
@@ -72,5 +92,5 @@ def _row(judged: Sequence[EvaluatedPrompt]) -> dict[str, float | int]:
 
 
 def set_title(names: DomainSet, has_floors: bool = False) -> str:
-    """A set of domains as it is printed."""
+    """A set of domains for the tables. The empty set is the base model unless domains have floors."""
     return " + ".join(names) or ("floors only" if has_floors else "base")

@@ -1,4 +1,4 @@
-"""Losses of many (row, domain weights) pairs, each a row of a full batch."""
+"""Measures many losses at once: each row of a batch is an example with domain weights of its own."""
 
 from __future__ import annotations
 
@@ -17,26 +17,33 @@ from axolotl_brainstacks.router.router import Stack, spread
 
 
 def over_ranks[T, R](items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
-    """`compute` of every item, shared out over the ranks; the results of all, in order, on every rank.
+    """Compute a result for every item, divided among the processes. Every process must call this and gets all results, in order.
 
-    Every rank computes equally often, because a sharded model's forward is a collective; surplus results are dropped.
+    All processes call `compute` equally often, because the forward of a sharded model is a collective operation. A process that
+    has no item left computes the last one again and drops the result.
     """
-    own, ranks = rank(), world_size()
-    mine: dict[int, R] = {}
-    for turn in range(-(-len(items) // ranks)):
-        number = turn * ranks + own
+    own_rank, ranks = rank(), world_size()
+    own: dict[int, R] = {}
+    for turn in range(-(-len(items) // ranks)):  # rounded up
+        number = turn * ranks + own_rank
         result = compute(items[min(number, len(items) - 1)])
         if number < len(items):
-            mine[number] = result
-    everything = {number: result for part in gather_objects(mine) for number, result in part.items()}
-    return [everything[number] for number in range(len(items))]
+            own[number] = result
+    of_all = {number: result for part in gather_objects(own) for number, result in part.items()}
+    return [of_all[number] for number in range(len(items))]
 
 
 @dataclass
 class LossMeter:
-    """Measures rows under weights of domains.
+    """Measures losses of examples under domain weights, and the router's features of prompts.
 
-    stacks: the library's stacks, in its order. batch_size: rows per forward. forwards: counted over all ranks.
+    Attributes:
+        model: the model with its library.
+        tuner: of the model.
+        domains: that have weights, in the router's order.
+        stacks: the library's stacks, in its order.
+        batch_size: rows per forward.
+        forwards: number of batches so far, summed over all processes.
     """
 
     model: PeftModel
@@ -49,11 +56,18 @@ class LossMeter:
     def losses(
         self, rows: Sequence[Example], weights: Tensor, progress: Callable[[int], None] | None = None
     ) -> list[float]:
-        """Mean loss per answer token of each row under its domain weights (rows, domains), nats. Equal on every rank.
+        """Measure each example under its own domain weights. Every process must call this.
 
-        Rows of one set of domains come together, so that a batch runs few stacks it does not need, then by length.
-        `progress` is told how many losses all ranks have measured since it was told last.
+        Args:
+            rows: examples; one may occur several times, with different weights.
+            weights: (len(rows), domains).
+            progress: called after each batch with the approximate number of losses that all processes have measured in it.
+
+        Returns:
+            The mean loss per answer token of each example, in nats.
         """
+        # A batch computes every stack that one of its rows needs, so examples with the same set of domains come together. Among
+        # them the order is that of length, for little padding.
         order = sorted(range(len(rows)), key=lambda i: ((weights[i] != 0).tolist(), len(rows[i].input_ids), i))
 
         def compute(batch: list[int]) -> list[float]:
@@ -66,7 +80,7 @@ class LossMeter:
             return self._in_batches(order, compute)
 
     def _in_batches[R](self, order: list[int], compute: Callable[[list[int]], list[R]]) -> list[R]:
-        """`compute` of the items' numbers, in batches of neighbours in `order`; the results in the items' own order."""
+        """Call `compute` with batches of indices that are adjacent in `order`; return the results in the order of the indices."""
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         self.forwards += len(batches)
         results = [result for part in over_ranks(batches, compute) for result in part]
@@ -81,7 +95,15 @@ class LossMeter:
         return [total / tokens for total, tokens in losses]
 
     def features(self, prompts: Sequence[list[int]], max_tokens: int) -> list[Tensor]:
-        """Base features of each prompt's token ids, on the CPU: (at most max_tokens, features) each, fp32."""
+        """The router's features of each prompt, as `base_features` computes them. Every process must call this.
+
+        Args:
+            prompts: token ids of each.
+            max_tokens: most tokens to read of a prompt, counted from its end.
+
+        Returns:
+            (at most max_tokens, features) for each prompt, fp32, on the CPU.
+        """
         device = next(self.model.parameters()).device
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
 

@@ -1,4 +1,4 @@
-"""Makes a library's router: discovers targets, fits and calibrates the network, measures what it costs, saves."""
+"""Makes a library's router: discovery, training, calibration, evaluation, saving."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ from axolotl_brainstacks.library.storage import json_to_bytes
 from axolotl_brainstacks.router.router import Router, RouterConfig
 from axolotl_brainstacks.router.thresholds import gate
 from axolotl_brainstacks.router_training.calibrate import calibrate, gate_losses
-from axolotl_brainstacks.router_training.data import MIXED, Part, Sample, count_parts, joined_in_parts, keep_rows, split
+from axolotl_brainstacks.router_training.data import MIXED, Sample, keep_rows
 from axolotl_brainstacks.router_training.discovery import DiscoveryResult, discover, row_key
 from axolotl_brainstacks.router_training.evaluate import EvaluatedPrompt, summary
 from axolotl_brainstacks.router_training.fit import Prompts, Score, fit, probabilities, target
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.report import Shown, chart
 from axolotl_brainstacks.router_training.search import DomainSet, Search
+from axolotl_brainstacks.router_training.split import Part, count_parts, joined_in_parts, split
 
 LOG = logging.getLogger(__name__)
 
 EVALUATION = "router/evaluation.json"
-# What a router follows from is measured otherwise than by earlier versions: theirs are made again.
+# Part of the digest of a router's inputs. A change of this number makes all existing routers count as out of date, for when the
+# code measures differently.
 VERSION = 3
 
 
 def inputs_digest(library: Library, samples: Sequence[Sample], args: RouterArgs) -> str:
-    """A digest of all that a router follows from: the stacks, the prompts, the settings."""
+    """A digest of all that determines a router: the stacks, the prompts and the settings."""
     stacks = [[stack.name, stack.domain, stack.files[STACK_WEIGHTS].sha256] for stack in library.manifest.active_stacks]
     contexts = [[entry.name, *(entry.before or entry).context] for entry in library.manifest.domains]
     prompts = [[row_key(sample.row), sample.source, *sample.labels] for sample in samples]
@@ -51,13 +53,25 @@ def inputs_digest(library: Library, samples: Sequence[Sample], args: RouterArgs)
 def training_sets(manifest: Manifest, domains: Sequence[str]) -> dict[str, DomainSet]:
     """For each of `domains`, those of them that had a stack on while it was trained, itself included."""
     owner = {stack.name: stack.domain for stack in manifest.stacks}
-    entries = {name: manifest.domain(name).before or manifest.domain(name) for name in domains}
-    on = {name: {name, *(owner.get(stack) for stack in entry.context)} for name, entry in entries.items()}
-    return {name: tuple(domain for domain in domains if domain in on[name]) for name in domains}
+    sets = {}
+    for name in domains:
+        entry = manifest.domain(name).before or manifest.domain(
+            name
+        )  # while it is trained again, the old stacks answer
+        on = {name, *(owner.get(stack) for stack in entry.context)}
+        sets[name] = tuple(domain for domain in domains if domain in on)
+    return sets
 
 
 def named_sets(labels: Sequence[str], trained_with: Mapping[str, DomainSet]) -> list[tuple[str, DomainSet]]:
-    """The sets that a prompt's labels suggest: the labels themselves, what all of them, and what each was trained with."""
+    """The sets of domains that a prompt's labels suggest, with their names in `evaluate.CHOICES`.
+
+    These are the labels themselves; all domains that any label was trained with; and for each label those it was trained with.
+
+    Args:
+        labels: the domains that the prompt was written for.
+        trained_with: from `training_sets`.
+    """
     if not labels:
         return []
     domains = list(trained_with)
@@ -67,7 +81,12 @@ def named_sets(labels: Sequence[str], trained_with: Mapping[str, DomainSet]) -> 
 
 
 def made_before(library: Library, origin: str) -> dict[str, Any] | None:
-    """The evaluation of the library's router if it is whole and has this origin."""
+    """The evaluation of the library's router, or None if the router must be made again.
+
+    Args:
+        library: that may have a router.
+        origin: digest of the inputs, from `inputs_digest`, that the router must have been made from.
+    """
     try:
         Router.load(library)
         data = library.read_file(EVALUATION)
@@ -81,10 +100,19 @@ def made_before(library: Library, origin: str) -> dict[str, Any] | None:
 
 
 def make_router(library: Library, meter: LossMeter, samples: Sequence[Sample], args: RouterArgs) -> dict[str, Any]:
-    """Discover, fit, calibrate, evaluate and save; on every rank, while the main one is writing the library.
+    """Make, evaluate and save the router. Every process must call this, while the main one holds the library's lock.
+
+    Args:
+        library: whose router is made.
+        meter: of the model with the library.
+        samples: held-out prompts, from `load_samples`.
+        args: settings.
 
     Returns:
         The content of `router/evaluation.json`.
+
+    Raises:
+        ValueError: if a source has too few prompts, or a prompt has a token that the model does not know.
     """
     check_vocabulary((sample.row for sample in samples), meter.model, "The router's prompts")
     made_from = inputs_digest(library, samples, args)
@@ -97,6 +125,7 @@ def make_router(library: Library, meter: LossMeter, samples: Sequence[Sample], a
         LOG.info("Held-out prompts of `%s`: %s", source, ", ".join(f"{n} in {part}" for part, n in count.items()))
     trained_with = training_sets(library.manifest, meter.domains)
     named = [named_sets(sample.labels, trained_with) for sample in samples]
+    # By example, because equal examples of several sources are measured once, under the named sets of all.
     asked: dict[str, list[tuple[str, DomainSet]]] = {}
     for sample, sets in zip(samples, named, strict=True):
         asked.setdefault(row_key(sample.row), []).extend(sets)
@@ -142,8 +171,9 @@ def make_router(library: Library, meter: LossMeter, samples: Sequence[Sample], a
     evaluation = summary(judged, samples, found, has_floors) | context
 
     def save() -> None:
-        # A kill between these must not leave an earlier router beside this evaluation, or a router whose report is missing:
-        # the next run would take either for finished.
+        # The order makes a kill at any point safe. The old router goes first, so that it never stands beside the new evaluation;
+        # the new router comes last, so that a router always has its evaluation and report. Otherwise the next run would take
+        # what is incomplete for finished.
         library.set_router(None)
         library.write_file(EVALUATION, json_to_bytes(evaluation))
         library.write_file(ROUTER_CHART, chart(evaluation))
@@ -157,7 +187,12 @@ def make_router(library: Library, meter: LossMeter, samples: Sequence[Sample], a
 def _fitted(
     meter: LossMeter, train: Prompts, validation: Prompts, test: Prompts, args: RouterArgs
 ) -> tuple[Router, list[Score], Tensor, Tensor]:
-    """The router, its epochs' scores, and its probabilities (prompts, domains) for the validation and test parts."""
+    """Train a router.
+
+    Returns:
+        The router, on the CPU; the scores of its epochs; its probabilities (prompts, domains) for the validation part and for the
+        test part.
+    """
     device = next(meter.model.parameters()).device
     config = RouterConfig(
         domains=meter.domains,
@@ -169,7 +204,8 @@ def _fitted(
     )
     router = Router.fresh(config, args.seed)
     epochs = fit(router, train, validation, args, device)
-    for_validation, for_test = (probabilities(router, part, args.batch_size, device) for part in (validation, test))
+    for_validation = probabilities(router, validation, args.batch_size, device)
+    for_test = probabilities(router, test, args.batch_size, device)
     router.network.cpu()
     return router, epochs, for_validation, for_test
 
@@ -183,18 +219,28 @@ def _judged(
     chosen: GateArgs,
     args: RouterArgs,
 ) -> list[EvaluatedPrompt]:
-    """The unseen prompts' losses under all choices. On every rank."""
+    """Measure the unseen prompts under all `evaluate.CHOICES`. Every process must call this.
+
+    Args:
+        meter: measures the losses.
+        samples: the unseen prompts.
+        found: their discovery results.
+        named: the sets that their labels suggest.
+        predicted: (prompts, domains), the router's probabilities.
+        chosen: the calibrated settings.
+        args: the configured ones.
+    """
     soft, hard, router = gate_losses(meter, found, predicted, [args.gate("soft"), args.gate("hard"), chosen])
     uncovered = gate(predicted, meter.domains, chosen)[1].tolist()
     search = Search.of(meter.domains, args)
     judged = []
     for number, (sample, item) in enumerate(zip(samples, found, strict=True)):
         assert item.base is not None
-        # The router may pick a set that the search never came to.
+        # `discovered` is the best of all sets that were measured, and the router may choose one that the search did not ask for.
         measured = {item.best: item.losses[item.best], _passed(predicted[number], meter, args): hard[number]}
         if chosen.weights == "hard":
             measured[_passed(predicted[number], meter, chosen)] = router[number]
-        # Of two sets of one name the first is what the prompt's labels say together.
+        # Several sets are called `trained_with`. The first is that of all labels together; reversed, it overwrites the others.
         sets = dict(reversed(named[number]))
         losses = {"base": item.base, "ungated": item.losses[tuple(meter.domains)]}
         losses |= {name: item.losses[domain_set] for name, domain_set in sets.items()}
@@ -205,6 +251,6 @@ def _judged(
 
 
 def _passed(probabilities: Tensor, meter: LossMeter, args: ThresholdArgs) -> DomainSet:
-    """The domains that are on with hard weights, for a prompt's probabilities (domains,)."""
+    """The set of domains whose probability reaches the threshold, for a prompt's probabilities (domains,)."""
     passed = (probabilities >= args.gate_threshold).tolist()
     return tuple(domain for domain, on in zip(meter.domains, passed, strict=True) if on)

@@ -1,4 +1,4 @@
-"""The router's evaluation for reading: tables on the terminal, a bar chart."""
+"""Shows the router's evaluation: tables on the terminal, and a bar chart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axolotl_brainstacks.library.report import png
 from axolotl_brainstacks.router_training.evaluate import CHOICES
 
 COLOURS = ("#999999", "#d55e00", "#56b4e9", "#e69f00", "#cc79a7", "#f0e442", "#0072b2", "#009e73")
-# Of the table, for 80 characters a line.
+# Short names of `CHOICES` and the regret, so that the table fits into 80 columns.
 HEADINGS = ("base", "all on", "own", "trained", "soft", "hard", "router", "best", "regret")
 
 
@@ -29,7 +29,7 @@ class _Gate(BaseModel):
 
 
 class Shown(BaseModel):
-    """What `show` needs of `evaluation.json`, and what tells whether the file is still true."""
+    """The keys of `evaluation.json` that `show` reads, and `origin`, which `pipeline.made_before` compares."""
 
     origin: str
     score: dict[str, _Score]
@@ -44,7 +44,12 @@ class Shown(BaseModel):
 
 
 def show(evaluation: dict[str, Any], console: Console) -> None:
-    """Print the tables of `evaluation.json`; `console` must not take its text for markup."""
+    """Print the tables of an evaluation.
+
+    Args:
+        evaluation: content of `evaluation.json`.
+        console: without markup, because names in the file are shown as they are.
+    """
     evaluation = _printable(evaluation)
     for name, score in evaluation["score"].items():
         figures = f"accuracy {score['top1']:.1%}, set match {score['set_match']:.1%}, BCE {score['bce']:.3f}"
@@ -92,7 +97,7 @@ def show(evaluation: dict[str, Any], console: Console) -> None:
 
 
 def _printable(value: Any) -> Any:
-    """`value` with every text in it made `printable`: it comes from the library."""
+    """`value` with every string in it made `printable`, because a library from elsewhere may hold terminal control codes."""
     if isinstance(value, dict):
         return {printable(key): _printable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -101,7 +106,7 @@ def _printable(value: Any) -> Any:
 
 
 def chart(evaluation: dict[str, Any]) -> bytes:
-    """A PNG: the losses of every choice, side by side for each source of prompts."""
+    """A bar chart as PNG: for each source of prompts, the losses of all choices side by side."""
     from matplotlib.figure import Figure
 
     losses = evaluation["losses"]

@@ -1,4 +1,4 @@
-"""Which sets of domains are measured for a prompt, and which of them is its best one. No model here."""
+"""The search over sets of domains: which sets are measured for a prompt, and which one is best. It does not use the model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Self
 
 from axolotl_brainstacks.args import DiscoveryArgs
 
-# Domains in the library's order; () is the set of none.
+# Domains in the library's order; () is the empty set.
 DomainSet = tuple[str, ...]
 Losses = Mapping[DomainSet, float]
 
 MAX_EXHAUSTIVE = 8
-# Up to here all 2^D sets are hardly more than what growing and shrinking look at.
+# With `search: auto`, up to this many domains are searched exhaustively: growing and shrinking would measure hardly fewer sets.
 EXHAUSTIVE_BY_ITSELF = 4
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The best of the sets asked for so far; final when none is missing.
+    """The best set so far. It is final when no set is missing.
 
-    found_by: the simplest way to name the set: `base`, `all_on`, a name that the caller gave, or the step of the search
-    that came upon it: `grown`, `shrunk`, `exhaustive`. missing: sets whose losses have to be known first.
+    Attributes:
+        best: the set with the lowest cost among those that have been measured.
+        found_by: where the set comes from, the first that applies of `base`, `all_on`, a name that the caller gave, and the step
+            of the search: `exhaustive`, or `grown` or `shrunk`.
+        missing: sets that must be measured next.
     """
 
     best: DomainSet
@@ -33,14 +36,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Search:
-    """Asks for the losses of more and more sets, and calls the one with the lowest cost the best.
+    """Finds the set of domains with the lowest cost, asking for the losses of further sets as it goes on.
 
-    The cost of a set is its loss plus `min_gain` for each of its domains; of equal costs the smaller set's is lower. So
-    a larger set has to be worth more than `min_gain` for each domain that it has more than a smaller one, also where
-    the smaller one is the base. The published loop lets the first domain in at any gain; a stack that gains less than
-    `min_gain` is noise, though, and costs time in every answer.
+    The cost of a set is its loss plus `min_gain` for each of its domains; between equal costs the smaller set wins. So a
+    set wins over a smaller one only if its loss is lower by more than `min_gain` for each additional domain. The published loop
+    lets the first domain in at any gain. Here the rule holds for it as well, because a smaller gain is noise and a stack costs
+    time in every answer.
 
-    soft_domains: each one's set `best + {domain}` is measured as well.
+    Attributes:
+        domains: all domains, in the library's order.
+        min_gain: in nats per answer token.
+        exhaustive: whether to measure all sets, instead of growing a set from the base and shrinking one from all domains.
+        soft_domains: for each of these domains, the best set with the domain added is measured as well.
     """
 
     domains: tuple[str, ...]
@@ -50,7 +57,11 @@ class Search:
 
     @classmethod
     def of(cls, domains: Sequence[str], args: DiscoveryArgs) -> Self:
-        """The search that the settings ask for. Raises ValueError for `search: exhaustive` with more than 8 domains."""
+        """The search that the settings describe.
+
+        Raises:
+            ValueError: for `search: exhaustive` with more than `MAX_EXHAUSTIVE` domains.
+        """
         if args.search == "exhaustive" and len(domains) > MAX_EXHAUSTIVE:
             raise ValueError(
                 f"brainstacks.router.search is `exhaustive`, which tries all 2^D sets, but there are {len(domains)} domains; "
@@ -60,18 +71,22 @@ class Search:
         return cls(tuple(domains), args.min_gain, exhaustive, tuple(d for d in domains if d in args.soft_domains))
 
     def choose(self, losses: Losses, named: Sequence[tuple[str, DomainSet]] = ()) -> Choice:
-        """The best set as far as `losses` are known.
+        """The best set according to the losses that are known.
+
+        Call it again with the losses of the `missing` sets, until none is missing.
 
         Args:
-            named: further sets to be measured whatever the search does, with what each one is called.
+            losses: in nats per answer token, by set.
+            named: sets to measure in addition to those of the search, each with a name.
         """
         asked: dict[DomainSet, str] = {}
         for name, domain_set in [("base", ()), ("all_on", self.domains), *named, *self._searched(losses)]:
-            asked.setdefault(domain_set, name)
+            asked.setdefault(domain_set, name)  # the first name of a set is the simplest
         while True:
             known = [domain_set for domain_set in asked if domain_set in losses]
             best = min(known, key=lambda domain_set: self.cost(losses, domain_set), default=())
             if len(known) == len(asked):
+                # Nothing is missing, so `best` is known. A set with a soft domain may be new, and may turn out to be better.
                 for domain in self.soft_domains:
                     asked.setdefault(self.joined(best, domain), "grown")
             missing = [domain_set for domain_set in asked if domain_set not in losses]
@@ -79,15 +94,16 @@ class Search:
                 return Choice(best, asked[best], missing)
 
     def cost(self, losses: Losses, domain_set: DomainSet) -> tuple[float, int, list[int]]:
-        """What the best set has least of: first the cost proper, in nats, then what decides between equal ones."""
+        """A sort key by which the best set is the least: the cost in nats, then the number of domains, then their order."""
         order = [self.domains.index(domain) for domain in domain_set]
         return losses[domain_set] + self.min_gain * len(domain_set), len(domain_set), order
 
     def joined(self, domain_set: DomainSet, *more: str) -> DomainSet:
-        """The union, in the domains' order."""
+        """The union of a set and further domains, in the library's order."""
         return tuple(domain for domain in self.domains if domain in domain_set or domain in more)
 
     def _searched(self, losses: Losses) -> Iterator[tuple[str, DomainSet]]:
+        """The sets that the search asks for, as far as the known losses lead it, each with the step that asks."""
         if self.exhaustive:
             for size in range(len(self.domains) + 1):
                 yield from (("exhaustive", subset) for subset in combinations(self.domains, size))
@@ -96,7 +112,11 @@ class Search:
         yield from (("shrunk", domain_set) for domain_set in self._walked(losses, self.domains, grow=False))
 
     def _walked(self, losses: Losses, here: DomainSet, grow: bool) -> Iterator[DomainSet]:
-        """The neighbours of every set on the way from `here`: one domain more, or less, as long as that costs less."""
+        """Greedy descent from the set `here`, adding (`grow`) or removing one domain at a time.
+
+        Yields every neighbour of every set on the way. The descent stops where no neighbour costs less, or where the loss of a
+        neighbour is not known yet.
+        """
         while True:
             if grow:
                 near = [self.joined(here, domain) for domain in self.domains if domain not in here]

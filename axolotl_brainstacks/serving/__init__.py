@@ -1,4 +1,4 @@
-"""Answers from a library: which stacks are in memory, which of them a prompt is answered with."""
+"""Answering with a library: which stacks are in memory, and which of them each prompt uses."""
 
-# First of all: importing PEFT registers our type, and that imports the modules of this folder.
+# PEFT comes first: its import registers the type BRAINSTACKS, and the registration imports modules of this folder.
 import peft  # noqa: F401

@@ -1,4 +1,4 @@
-"""A tuner whose frozen stacks lie in a library: it reads those that a forward needs."""
+"""A tuner whose frozen stacks lie in a library on disk; it reads a stack when a forward first needs it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MODES = ("auto", "routed", "ungated", "base")
 
 
 class LibraryTuner(StackTuner):
-    """`StackTuner` with a library behind it.
+    """`StackTuner` with a library on disk, or without one when a stack is trained or loaded alone.
 
-    Interrupts: where one came while memory was being changed, the library's stacks are read anew.
+    Interrupts: if an exception arrives while stacks are moved in or out of memory, the next forward reads them again.
 
     Attributes:
-        resident: the stacks in memory; None without a library.
-        router: loaded by the first prompt that needs it.
-        show_routes: whether `generate` tells its streamer which route it took.
+        resident: the library's stacks that are in memory; None without a library.
+        router: the library's router; None until a prompt first needs it.
+        show_routes: whether `generate` writes the route to its streamer, before the answer.
     """
 
     resident: ResidentStacks | None
@@ -47,6 +47,11 @@ class LibraryTuner(StackTuner):
     # The library
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter as PEFT does; then attach the library that its config names, if any.
+
+        Raises:
+            ValueError: if the library is damaged, was made for another base model, or the model has stacks already.
+        """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, BrainstacksConfig)
@@ -70,13 +75,17 @@ class LibraryTuner(StackTuner):
         self._settle_before_forwards()
         self.selection.stacks = tuple(FrozenStack(entry.name, entry.domain) for entry in library.manifest.active_stacks)
         self.mode = os.environ.get("BRAINSTACKS_MODE", "auto")
-        self._library = path  # last: only a library that is attached whole counts as attached
+        self._library = path  # last, so that an interrupted call does not leave the library recorded as attached
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Raises ValueError also for a tensor beside a config that names a library, and for one that is not attached."""
+        """Check the tensors of a folder as `StackTuner` does.
+
+        Raises:
+            ValueError: also if the config names a library and there are tensors, or that library is not attached.
+        """
         assert isinstance(config, BrainstacksConfig)
         tuner = getattr(model, "base_model", model)
         if config.library is not None:
@@ -97,11 +106,12 @@ class LibraryTuner(StackTuner):
             self.resident.ensure(names)
 
     def _before_attaching(self) -> None:
-        if self.resident is not None:  # a stack on top of a library comes after all of it
+        if self.resident is not None:
+            # A new stack gets the place after all that the banks hold, so the whole library must be in memory.
             self._switch_to(self._selection(None))
 
     def _settle_if_free(self) -> None:
-        """With a library behind the model nothing must be read from disk now: perhaps no forward will need it."""
+        """Do nothing with a library: this could read stacks from disk that no forward will need."""
         if self.resident is None:
             self._settle()
 
@@ -114,11 +124,18 @@ class LibraryTuner(StackTuner):
 
     @property
     def mode(self) -> str:
-        """Which stacks are on when no one has chosen.
+        """Which stacks are on as long as no caller has chosen any:
 
-        auto: `generate` routes every prompt if the library has a router; a plain forward has all stacks on.
-        routed: both route. ungated: all stacks on in both. base: none.
-        Reads "chosen" after `use_stacks`. The environment variable BRAINSTACKS_MODE is what a loaded library starts with.
+        - "auto": `generate` routes every prompt if the library has a router; a plain forward uses all stacks.
+        - "routed": `generate` and plain forwards route.
+        - "ungated": both use all stacks.
+        - "base": both use none.
+
+        After `use_stacks` the mode is "chosen". The environment variable BRAINSTACKS_MODE sets the mode of a library that is
+        loaded; the default is "auto".
+
+        Raises:
+            ValueError: when set to anything else.
         """
         return self.selection.wanted.mode
 

@@ -1,4 +1,4 @@
-"""lm-eval's view of a library, in one of three modes.
+"""A model type for lm-eval that scores a library in one of three modes.
 
     python -m axolotl_brainstacks.serving.lm_harness run --model brainstacks \
         --model_args pretrained=BASE,peft=LIBRARY,mode=routed --tasks ...
@@ -24,12 +24,18 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 @register_model("brainstacks")
 class BrainstacksLM(HFLM):
-    """`hf` with a mode. Routed: requests take the route of their context alone, so all choices of a question are scored
-    by the same stacks; the prompts of `generate_until` take their own. A document for perplexity has no context but one
-    special token, which is all that its route is read from.
+    """lm-eval's `hf` model with a mode.
+
+    In mode "routed", the router reads the context of a request and not the continuation, so that all choices of a question are
+    scored with the same stacks. Each prompt of `generate_until` gets its own route. A document scored for perplexity has one
+    special token as its context, and the router reads that alone.
 
     Args:
-        pretrained, peft: base model and library, or `pretrained` a loaded `PeftModel`; further arguments as HFLM's.
+        args, kwargs: as HFLM's, with `pretrained` the base model and `peft` the library, or `pretrained` a loaded `PeftModel`.
+        mode: "routed", "ungated" or "base", as in `LibraryTuner.mode`.
+
+    Raises:
+        ValueError: for an unknown mode.
     """
 
     def __init__(self, *args: Any, mode: str = "routed", **kwargs: Any) -> None:
@@ -43,15 +49,16 @@ class BrainstacksLM(HFLM):
     ) -> list[tuple[float, bool]]:
         if self.tuner.mode != "routed":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        # One route per context, because a block of `routed` holds one route for all forwards inside.
         by_context: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, _) in enumerate(requests):
-            by_context.setdefault(tuple(context), []).append(number)
-        answers: dict[int, tuple[float, bool]] = {}
-        for context, numbers in tqdm(by_context.items(), "Routed contexts", disable=disable_tqdm or self.rank != 0):
+        for i, (_, context, _) in enumerate(requests):
+            by_context.setdefault(tuple(context), []).append(i)
+        scores: dict[int, tuple[float, bool]] = {}
+        for context, indices in tqdm(by_context.items(), "Routed contexts", disable=disable_tqdm or self.rank != 0):
             with self.tuner.routed(torch.tensor([context])):
-                scored = super()._loglikelihood_tokens([requests[number] for number in numbers], True, override_bs)
-            answers.update(zip(numbers, scored, strict=True))
-        return [answers[number] for number in range(len(requests))]
+                scored = super()._loglikelihood_tokens([requests[i] for i in indices], True, override_bs)
+            scores.update(zip(indices, scored, strict=True))
+        return [scores[i] for i in range(len(requests))]
 
 
 if __name__ == "__main__":

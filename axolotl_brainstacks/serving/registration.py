@@ -1,4 +1,4 @@
-"""Teaches PEFT the type ``BRAINSTACKS``; PEFT has no public way for outside packages to add a member to its enum."""
+"""Registers the adapter type ``BRAINSTACKS`` with PEFT."""
 
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
@@ -7,9 +7,10 @@ NAME = "BRAINSTACKS"
 
 
 def register_peft_type() -> None:
-    """Add ``PeftType.BRAINSTACKS`` and map it to our config and tuner. Does nothing when called again."""
+    """Add ``PeftType.BRAINSTACKS``, and register our config and tuner for it. A second call does nothing."""
     if NAME not in PeftType.__members__:
         _add_member()
+        # These modules use the new member, so they are imported after it exists.
         from axolotl_brainstacks.adapter.config import BrainstacksConfig
         from axolotl_brainstacks.serving.model import BrainstacksModel
 
@@ -19,6 +20,7 @@ def register_peft_type() -> None:
 
 
 def _add_member() -> None:
+    """Add a member to PEFT's enum. Neither `enum` nor PEFT has a public way to do that, so this does what `EnumType` does."""
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME

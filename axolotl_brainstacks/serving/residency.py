@@ -1,4 +1,4 @@
-"""Which stacks of a library are in memory: only those that were needed, read from their files when they were."""
+"""The stacks of a library that are in memory: each is read from its file when it is first needed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from axolotl_brainstacks.adapter.bank import StackTensors
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.layer import BrainstacksLinear
+from axolotl_brainstacks.adapter.segment import StackTensors
 from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
 from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.guarded import load_tensors
@@ -18,43 +18,53 @@ from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import WEIGHTS
 from axolotl_brainstacks.library.storage import problem_of
 
-# What changes with a file's content: modification and change time in ns, size in bytes, and which file it is.
+# Changes whenever a file's content does: modification and status-change time in ns, size in bytes, inode, device.
 Signature = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One projection of a stack. `tensors` holds no data: its a and b are on the meta device."""
+    """One projection of a stack.
+
+    Attributes:
+        layer: the wrapped projection.
+        tensors: the stack's shape and place in the layer's bank; its a and b are on the meta device and hold no data.
+    """
 
     layer: BrainstacksLinear
     tensors: StackTensors
 
 
 class ResidentStacks:
-    """The stacks of `library` that the banks of `tuner` hold; least recently used ones leave under `max_bytes`.
+    """A cache of the library's stacks in the banks of the tuner's layers, with least-recently-used eviction.
 
-    A file's hash and values are checked when it is read first, and again when it is read after a change on disk.
+    When a file is read for the first time, or again after it has changed on disk, its hash and values are checked.
 
     Attributes:
-        max_bytes: most memory for stacks; None for no limit. It holds from the next selection of stacks.
-        bytes_read: read from stack files so far.
-        peak_bytes: most memory that stacks ever took.
+        path, manifest: of the library.
+        max_bytes: most memory for stacks, in bytes; None: no limit. A new value applies from the next selection on.
+        bytes_read: bytes read from stack files so far.
+        peak_bytes: most memory that the stacks have taken so far, in bytes.
     """
 
     def __init__(self, tuner: StackTuner, library: Library) -> None:
-        """Wrap every projection that a stack covers; no weight is read.
+        """Wrap every projection that a stack covers. No weight is read.
+
+        Args:
+            tuner: of the model.
+            library: made for this base model.
 
         Raises:
             ValueError: if a stack is missing, truncated, or does not fit the model, or its config is wrong.
         """
-        # Not the library itself: its file lock cannot be copied with the model.
+        # The library object itself has a file lock, which `copy.deepcopy` of the model cannot copy.
         self.path, self.manifest = library.path, library.manifest
         self.max_bytes: int | None = None
         self.bytes_read = 0
         self.peak_bytes = 0
         self._used: dict[str, int] = {}  # name -> bytes, least recently used first
         self._verified: dict[str, Signature] = {}
-        # Whether an exchange has begun and not ended: what the banks hold is unknown then.
+        # True while stacks are exchanged. If it is true afterwards, an interrupt came and the banks' content is unknown.
         self._torn = False
         self._parts: dict[str, list[_Part]] = {}
         last: dict[BrainstacksLinear, StackTensors] = {}
@@ -64,7 +74,10 @@ class ResidentStacks:
             self._parts[entry.name] = []
             for module_name, (a, b) in pairs.items():
                 layer = tuner.projection_of(entry.name, module_name)
-                shape, before = layer.stack_shape(entry.name, config, a, b), last.get(layer)
+                shape = layer.stack_shape(entry.name, config, a, b)
+                before = last.get(layer)
+                # Every stack's segment is fixed here, for the whole library, so that it does not depend on the order in which
+                # stacks are read later.
                 segment = 0 if before is None else before.segment + (before.shape != shape)
                 last[layer] = StackTensors(entry.name, shape, a.to("meta"), b.to("meta"), segment, place)
                 self._parts[entry.name].append(_Part(layer, last[layer]))
@@ -76,15 +89,18 @@ class ResidentStacks:
 
     @property
     def bytes(self) -> int:
-        """Memory that they take."""
+        """Memory that the resident stacks take."""
         return sum(self._used.values())
 
     def ensure(self, names: Sequence[str]) -> None:
-        """Have the stacks `names` in memory. Stacks that are not the library's are none of its business.
+        """Read the stacks `names` into memory, and evict others if `max_bytes` requires it.
+
+        Args:
+            names: of stacks; those that are not in the library are ignored.
 
         Raises:
-            ValueError: if they need more than `max_bytes`, or a file is missing, altered, or has values that are not finite;
-                then nothing has changed. After any other exception the next call reads anew what it needs.
+            ValueError: if the stacks need more than `max_bytes`, or a file is missing, altered, or has values that are not
+                finite. Nothing has changed then. After any other exception the next call reads again what it needs.
         """
         if self._torn:
             self._drop_all()
@@ -95,43 +111,46 @@ class ResidentStacks:
                 f"{sum(needed.values())}: raise it"
             )
         rest = {name: size for name, size in self._used.items() if name not in needed}
-        gone = []
+        evicted = []
         while self.max_bytes is not None and sum(rest.values()) + sum(needed.values()) > self.max_bytes:
-            gone.append(next(iter(rest)))
-            del rest[gone[-1]]
-        self._exchange(gone, [name for name in needed if name not in self._used], rest | needed)
+            evicted.append(next(iter(rest)))  # the least recently used
+            del rest[evicted[-1]]
+        self._exchange(evicted, [name for name in needed if name not in self._used], rest | needed)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def forget(self, name: str) -> None:
-        """A stack was detached for good."""
+        """Drop a stack that was detached from the model."""
         self._parts.pop(name, None)
         self._used.pop(name, None)
 
     def _size(self, name: str) -> int:
         return sum(part.layer.bank_bytes(part.tensors.shape) for part in self._parts[name])
 
-    def _exchange(self, gone: Sequence[str], new: Sequence[str], used: dict[str, int]) -> None:
-        coming: dict[BrainstacksLinear, list[StackTensors]] = {}
-        for name, pairs in {name: self._read(name) for name in new}.items():
+    def _exchange(self, evicted: Sequence[str], new: Sequence[str], used: dict[str, int]) -> None:
+        """Replace the stacks `evicted` by `new`; `used` is `_used` afterwards."""
+        # All files are read and checked before the first bank changes, so that a damaged one changes nothing.
+        read = {name: self._read(name) for name in new}
+        added: dict[BrainstacksLinear, list[StackTensors]] = {}
+        for name, pairs in read.items():
             for part in self._parts[name]:
                 a, b = pairs[part.layer.module_name]
-                coming.setdefault(part.layer, []).append(replace(part.tensors, a=a, b=b))
-        leaving = {part.layer for name in gone for part in self._parts[name]}
+                added.setdefault(part.layer, []).append(replace(part.tensors, a=a, b=b))
+        shrunk = {part.layer for name in evicted for part in self._parts[name]}
         self._torn = True
-        for layer in coming.keys() | leaving:
-            layer.update_bank(gone, coming.get(layer, []))
+        for layer in added.keys() | shrunk:
+            layer.update_bank(evicted, added.get(layer, []))
         self._used = used
         self._torn = False
 
     def _drop_all(self) -> None:
-        """Empty the banks of what is the library's."""
+        """Remove all stacks of the library from the banks."""
         for layer in {part.layer for parts in self._parts.values() for part in parts}:
             layer.update_bank(self._parts.keys(), [])
         self._used = {}
         self._torn = False
 
     def _read(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Map a stack's file."""
+        """A and B of a stack by module name, memory-mapped from its file and checked as the class says."""
         library = Library(self.path, self.manifest)
         file = library.stack_path(name) / WEIGHTS
         before = _signature(file)
@@ -147,9 +166,12 @@ class ResidentStacks:
 
 
 def check_root(library: Library) -> None:
-    """Raise a ValueError if a file that lets PEFT load the library as a whole is missing, altered or damaged.
+    """Check the files that make a library's folder a PEFT adapter: its config and its (empty) weights.
 
-    Libraries that were written before their manifest listed these files pass: what the files hold is checked besides.
+    The manifest of a library from an older version does not list them; only their content is checked then.
+
+    Raises:
+        ValueError: if one of them is missing, altered or damaged.
     """
     for file, record in library.manifest.root.items():
         if problem := problem_of(library.path / file, record):
@@ -158,7 +180,7 @@ def check_root(library: Library) -> None:
                 "writes it anew"
             )
     if (weights := library.path / WEIGHTS).is_file():
-        load_tensors(weights)  # PEFT reads it next, in its own way
+        load_tensors(weights)  # PEFT reads this file next, with less careful checks
 
 
 def _signature(file: Path) -> Signature | None:

@@ -1,9 +1,10 @@
-"""Answers from the right stacks: prompt -> base-only pass -> router -> per-row weights -> stock `generate`.
+"""Routing and answering, the functions behind the methods of `BrainstacksModel`.
 
-Usable with plain Transformers and PEFT. The methods of `BrainstacksModel` lead here.
+A prompt is read by the base model alone; the router turns the hidden states into a weight per domain; each row of the batch is
+then answered by the base model's own `generate` with its domains' stacks.
 
-The stacks that are on are state of the model, so an answer holds the model's lock. What it chooses it puts back in one
-step, also after an interrupt; nothing else has to be undone.
+Which stacks are on is state of the model, so an answer holds the model's lock. When it ends, also by an exception, one
+assignment restores the previous selection, and nothing else has to be undone.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ LOG = logging.getLogger(__name__)
 
 Domains = Mapping[str, float] | Sequence[Mapping[str, float]]
 
+# Attribute of a KV cache: the stacks and weights that its tokens were computed with.
 _READ_WITH = "brainstacks_read_with"
 
 
 @dataclass(frozen=True)
 class PromptRoute:
-    """What a prompt is answered with.
+    """The domains that a prompt is answered with.
 
-    weights: factor of each domain's stacks, largest first; domains that are off are left out.
-    uncovered: the router claims the prompt for no domain.
+    Attributes:
+        weights: factor of each domain's stacks, largest first, without the domains that are off.
+        uncovered: whether no domain's probability reached the threshold; floors may still give domains a weight.
     """
 
     weights: dict[str, float]
@@ -55,11 +58,11 @@ def route(
     attention_mask: Tensor | None = None,
     tokenizer: Any = None,
 ) -> list[PromptRoute]:
-    """The router's choice for each prompt: token ids (rows, tokens) with their mask (default: all real), or text.
+    """`BrainstacksModel.route`.
 
     Raises:
-        ValueError: if the library has no router, or it is stale, or the library has changed since it was loaded; if a
-            prompt is empty, or there is no tokenizer for a text.
+        ValueError: if the library has no router, the router is stale, or the library has changed since it was loaded; if a
+            prompt is empty, or texts come without a tokenizer.
     """
     with tuner.lock:
         return _route(tuner, _router(tuner), prompts, attention_mask, tokenizer)
@@ -74,7 +77,8 @@ def _route(
 ) -> list[PromptRoute]:
     device = tuner.model.get_input_embeddings().weight.device
     if isinstance(prompts, Tensor):
-        ids, mask = prompts, torch.ones_like(prompts) if attention_mask is None else attention_mask
+        ids = prompts
+        mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
     else:
         if tokenizer is None:
             raise ValueError("`prompts` are texts, and there is no tokenizer to read them: give `tokenizer=`")
@@ -97,10 +101,13 @@ def routes_for(
     tokenizer: Any,
     domains: Domains | None,
 ) -> list[PromptRoute]:
-    """Routes that someone named, or else the router's.
+    """The routes that `domains` names, or the router's if it is None.
+
+    Returns:
+        One route per prompt or per mapping in `domains`.
 
     Raises:
-        ValueError: as `route`, and for `domains` that are no mappings of a known domain to a finite weight.
+        ValueError: as `route`; also unless `domains` consists of mappings from a known domain to a finite weight.
     """
     if domains is None:
         assert prompts is not None, "give prompts to route, or domains"
@@ -122,7 +129,7 @@ def routes_for(
 
 
 def load_router(tuner: LibraryTuner) -> None:
-    """Load the router that answers will need, if any, so that one that cannot be used is an error before any prompt.
+    """Load the router now if `generate` will need it, so that a router that cannot be used is an error before the first prompt.
 
     Raises:
         ValueError: as `route`.
@@ -133,7 +140,7 @@ def load_router(tuner: LibraryTuner) -> None:
 
 
 def stack_weights(tuner: LibraryTuner, routes: Sequence[PromptRoute]) -> tuple[list[str], Tensor]:
-    """What `use_stacks` takes: the stacks that some route needs, and their weights (routes, stacks)."""
+    """The arguments of `use_stacks` for these routes: the stacks that any of them needs, and weights (routes, stacks)."""
     domains = _domains(tuner)
     weights = [[row.weights.get(domain, 0.0) for domain in domains] for row in routes]
     return spread(torch.tensor(weights).reshape(len(routes), len(domains)), domains, tuner.stacks)
@@ -155,13 +162,13 @@ def generate(tuner: LibraryTuner, *args: Any, domains: Domains | None = None, **
             names, weights = stack_weights(tuner, routes)
             tuner.use_stacks(names, weights)
             read_with = (names, weights.tolist())
-            _read_again_if_rerouted(args, kwargs, read_with)
+            _reset_cache_if_rerouted(kwargs, read_with)
             answer = tuner.model.generate(*args, **kwargs)
-            _mark(kwargs, read_with)
+            _mark_cache(kwargs, read_with)
             return answer
         except BaseException as error:
             if shown is not None:
-                # A page that shows the answer while it grows would wait for ever for an end that never comes.
+                # A web page that shows the answer as it is generated waits for the stream's end, which must come here too.
                 text = printable(str(error)) or type(error).__name__
                 shown.on_finalized_text(f"Error: {text}", stream_end=True)
             raise
@@ -172,7 +179,7 @@ def generate(tuner: LibraryTuner, *args: Any, domains: Domains | None = None, **
 def _one_route_each(
     tuner: LibraryTuner, args: tuple[Any, ...], kwargs: Mapping[str, Any], domains: Domains | None
 ) -> list[PromptRoute]:
-    """The routes of a call of `generate`: one for all rows, or as many as there are prompts."""
+    """The routes for a call of `generate`: one for all rows, or one per prompt. Raises ValueError as `routes_for` does."""
     if isinstance(domains, Mapping):
         return routes_for(tuner, None, None, None, domains)
     ids, mask = _prompts(tuner, args, kwargs)
@@ -183,10 +190,10 @@ def _one_route_each(
 
 
 def routed_forward(tuner: LibraryTuner, *args: Any, **kwargs: Any) -> Any:
-    """A plain forward in mode "routed". A row's prompt is what stands before its first label; without labels, all of it.
+    """A plain forward in mode "routed". The prompt of a row is its tokens before the first label; without labels, all tokens.
 
     Raises:
-        ValueError: for a step of a decoding loop, which holds no prompt any more.
+        ValueError: as `route`; also for a forward on a filled KV cache, whose input is not the whole prompt.
     """
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
@@ -195,7 +202,8 @@ def routed_forward(tuner: LibraryTuner, *args: Any, **kwargs: Any) -> Any:
         )
     ids, mask = _prompts(tuner, args, kwargs)
     if kwargs.get("labels") is not None:
-        before = mask * (kwargs["labels"] == IGNORED).long().cumprod(1)
+        before = mask * (kwargs["labels"] == IGNORED).long().cumprod(1)  # (rows, tokens), 1 before the first label
+        # A row whose first token has a label has no prompt; it is routed on all of its tokens.
         mask = torch.where(before.any(1, keepdim=True), before, mask)
     chosen = tuner.selection.wanted
     try:
@@ -206,10 +214,12 @@ def routed_forward(tuner: LibraryTuner, *args: Any, **kwargs: Any) -> Any:
 
 
 def _domains(tuner: LibraryTuner) -> list[str]:
+    """The domains that have a stack, oldest first."""
     return list(dict.fromkeys(stack.domain for stack in tuner.stacks))
 
 
 def _router(tuner: LibraryTuner) -> Router:
+    """The library's router, loaded when it is first needed. Raises ValueError as `route` does."""
     if tuner.router is None:
         if tuner.resident is None:
             raise ValueError("This model has no router: load one with `PeftModel.from_pretrained(base, library)`")
@@ -221,6 +231,7 @@ def _router(tuner: LibraryTuner) -> Router:
 
 
 def _routes_by_itself(tuner: LibraryTuner) -> bool:
+    """Whether `generate` routes prompts when the caller names no domains. Warns if it would but the library has no router."""
     if tuner.mode != "auto":
         return tuner.mode == "routed"
     if tuner.router is not None or tuner.resident is None:
@@ -237,7 +248,10 @@ def _routes_by_itself(tuner: LibraryTuner) -> bool:
 
 
 def _prompts(tuner: LibraryTuner, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, tokens) and mask of a call; a mask that was not given is inferred as `generate` does."""
+    """Token ids and mask (rows, tokens) of a call of `generate` or `forward`.
+
+    A missing mask is inferred as `generate` infers it: padding tokens are masked, unless they are also end-of-sequence tokens.
+    """
     ids = next((ids for ids in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")) if ids is not None), None)
     if ids is None:
         raise ValueError("The router reads a prompt's `input_ids`, and there are none: name stacks with `domains=`")
@@ -250,21 +264,23 @@ def _prompts(tuner: LibraryTuner, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _setting(tuner: LibraryTuner, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A setting of `generate`: the call's own, else that of its `generation_config`, else the model's."""
     configs = (kwargs.get("generation_config"), tuner.model.generation_config)
     given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in given if value is not None), None)
 
 
-def _read_again_if_rerouted(args: tuple[Any, ...], kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
-    """Empty a cache whose tokens were read with other stacks, as in a chat whose turns take different routes, or that an
-    interrupt has left half filled: it says what it was read with only between answers."""
+def _reset_cache_if_rerouted(kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
+    """Empty a KV cache that was filled with other stacks, as in a chat whose turns take different routes."""
     cache = kwargs.get("past_key_values")
     if cache is not None:
         if cache.get_seq_length() and getattr(cache, _READ_WITH, None) != on:
             cache.reset()
+        # The mark is absent while an answer fills the cache, so a cache that an interrupt left half filled is reset as well.
         setattr(cache, _READ_WITH, None)
 
 
-def _mark(kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
+def _mark_cache(kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
+    """Record with which stacks the KV cache was filled."""
     if (cache := kwargs.get("past_key_values")) is not None:
         setattr(cache, _READ_WITH, on)
