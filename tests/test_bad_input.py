@@ -159,7 +159,7 @@ def without_data(config: dict[str, Any]) -> None:
                 ("optimizer", "adam_torch", "an optimizer that Axolotl knows; did you mean `adamw_torch`"),
                 ("micro_batch_size", 0, "a whole number of at least 1"),
                 ("gradient_accumulation_steps", 0, "a whole number of at least 1"),
-                ("val_set_size", 1.0, "a share below 1, or a whole number of rows from 2 on"),
+                ("val_set_size", 1.0, "a share below 1, or a whole number of examples from 2 on"),
             )
         ),
         *(
