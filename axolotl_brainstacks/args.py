@@ -1,4 +1,4 @@
-"""The `brainstacks:` block of an Axolotl YAML, and every rule that can be checked on the block alone."""
+"""The schema of the `brainstacks:` block of an Axolotl YAML, with all checks that need nothing but the block."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ class _Strict(BaseModel):
 
 
 class BoostingArgs(_Strict):
-    """Inner loop: how many stacks a domain gets, and when a round ends early (arXiv 2604.01152, residual
-    boosting)."""
+    """How many supervised rounds a domain has, and when a round ends early (arXiv 2604.01152, residual boosting)."""
 
     max_rounds: int = Field(default=2, ge=1, description="Most stacks per domain.")
     min_loss_delta: float = Field(
@@ -28,22 +27,22 @@ class BoostingArgs(_Strict):
 
 
 class NullSpaceArgs(_Strict):
-    """How far a domain is kept out of the directions of others."""
+    """How a domain is kept out of the output directions of others (arXiv 2604.01152, null space)."""
 
     directions: int = Field(
         default=64,
         ge=0,
-        description="Most columns that protect a domain, per projection; 0: it trains without regard to others. Default with "
+        description="Most columns that protect a domain, per projection; 0: the domain trains unconstrained. Default with "
         "`context: isolated`: 0.",
     )
-    samples: int = Field(default=400, ge=1, description="Validation rows of a domain to fit its columns on.")
+    samples: int = Field(default=400, ge=1, description="Validation examples of a domain to fit its columns on.")
     min_capacity: float = Field(
         default=0.25, ge=0, le=1, description="Warn when a smaller share of a projection's output space is left."
     )
 
 
 class ThresholdArgs(_Strict):
-    """From which probability on a domain is on, and what it weighs at least."""
+    """The probability at which the router switches a domain on, and the least weight of each domain."""
 
     gate_threshold: float = Field(
         default=0.12,
@@ -63,23 +62,23 @@ class ThresholdArgs(_Strict):
 
 
 class GateArgs(ThresholdArgs):
-    """How weights are read off the router's probabilities; stored with a fitted router."""
+    """How the router's probabilities become the domains' weights; stored with a fitted router."""
 
     weights: Literal["soft", "hard"] = "soft"
 
 
 class CalibrationArgs(ThresholdArgs):
-    """What the user asks of the gate. `auto` measures which one answers best (see `routing.calibrate`)."""
+    """The thresholds as the YAML gives them. With `weights: auto`, `router_training` measures which ones answer best."""
 
     weights: Literal["auto", "soft", "hard"] = Field(
         default="auto",
-        description="A domain that is on weighs its probability (`soft`) or 1 (`hard`); `auto`: this and the threshold, "
-        "as validation prompts are answered best.",
+        description="The weight of a domain that is on: its probability (`soft`) or 1 (`hard`); `auto`: the kind, and the "
+        "threshold, with the lowest loss on validation prompts.",
     )
 
 
 class DiscoveryArgs(_Strict):
-    """What the best set of domains of a prompt is, and on which prompts it is measured (arXiv 2604.01152, router)."""
+    """How the best set of domains of a prompt is found, and on which prompts (arXiv 2604.01152, outcome discovery)."""
 
     search: Literal["auto", "greedy", "exhaustive"] = Field(
         default="auto",
@@ -88,17 +87,27 @@ class DiscoveryArgs(_Strict):
     )
     samples: int = Field(default=200, ge=3, description="Most held-out prompts per domain.")
     min_gain: float = Field(
-        default=0.01, ge=0, description="Each domain of the best set, the first too, has to lower the loss by more."
+        default=0.01,
+        ge=0,
+        description="Each domain of the best set has to lower the loss by more than this.",
     )
     soft_domains: list[str] = Field(
-        default_factory=list, description="Domains that count half when adding them to the best set helps at all."
+        default_factory=list,
+        description="Domains with a target of 0.5 if adding them to the best set lowers the loss at all.",
     )
-    label_blend: float = Field(default=0.2, ge=0, le=1, description="Share of a prompt's own domain in its target.")
+    label_blend: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Share of a prompt's own domain in its target.",
+    )
     mixed_datasets: list[dict[str, Any]] | None = Field(
         default=None, description="Held-out prompts of several domains each, as ordinary entries of `datasets:`."
     )
     mixed_pairs: int = Field(
-        default=32, ge=0, description="Joined two-domain prompts, in all parts together, when none are named."
+        default=32,
+        ge=0,
+        description="Number of prompts made by joining two domains' prompts, if `mixed_datasets` is missing.",
     )
 
 
@@ -109,30 +118,41 @@ class FitArgs(_Strict):
     max_tokens: int = Field(
         default=256, ge=1, description="Tokens of a prompt that the router reads, counted from its end."
     )
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="Of the router's network.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout in the router's network.")
     epochs: int = Field(default=8, ge=1, description="Passes over the router's training prompts.")
-    batch_size: int = Field(default=16, ge=1, description="Prompts per step of the router's fit.")
-    learning_rate: float = Field(default=8e-4, gt=0, description="Of the router's fit; AdamW, cosine.")
-    weight_decay: float = Field(default=0.01, ge=0, description="Of the router's fit.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Of the router's fit.")
-    confidence_coef: float = Field(default=0.05, ge=0, description="Weight of the penalty on undecided probabilities.")
-    confidence_margin: float = Field(default=0.3, ge=0, le=0.5, description="Undecided: closer to 0.5 than this.")
+    batch_size: int = Field(default=16, ge=1, description="Prompts per training step of the router.")
+    learning_rate: float = Field(default=8e-4, gt=0, description="Learning rate of the router; AdamW, cosine schedule.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of the router.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradient norm at which the router's gradients are clipped."
+    )
+    confidence_coef: float = Field(
+        default=0.05, ge=0, description="Weight of the penalty on probabilities close to 0.5."
+    )
+    confidence_margin: float = Field(
+        default=0.3, ge=0, le=0.5, description="Probabilities closer to 0.5 than this are penalised."
+    )
     score: tuple[float, float, float] = Field(
         default=(0.50, 0.35, -0.15),
-        description="Weights of top-1, set match and BCE by which the best epoch is chosen.",
+        description="Weights of top-1 accuracy, set match and BCE in the score that chooses the best epoch.",
     )
     validation_share: float = Field(
-        default=0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch and the gate."
+        default=0.15, gt=0, lt=0.5, description="Share of prompts that choose the epoch and the thresholds."
     )
-    test_share: float = Field(default=0.15, gt=0, lt=0.5, description="Share of prompts never fitted on.")
-    seed: int = Field(default=42, description="Of the choice of prompts, the split and the fit.")
+    test_share: float = Field(
+        default=0.15, gt=0, lt=0.5, description="Share of prompts held out for the router's evaluation."
+    )
+    seed: int = Field(default=42, description="Seed for choosing prompts, splitting them and training the router.")
 
 
 class RouterArgs(CalibrationArgs, DiscoveryArgs, FitArgs):
-    """The `brainstacks.router:` block, flat."""
+    """The `brainstacks.router:` block."""
 
     def gate(self, weights: Literal["soft", "hard"] | None = None, threshold: float | None = None) -> GateArgs:
-        """The gate of these settings, or with another kind of weights or threshold. `auto` is soft until calibrated."""
+        """The router's thresholds with these settings, or with another kind of weights or another `gate_threshold`.
+
+        `weights: auto` counts as soft until calibration has chosen.
+        """
         return GateArgs(
             gate_threshold=self.gate_threshold if threshold is None else threshold,
             weights=weights or ("soft" if self.weights == "auto" else self.weights),
@@ -141,14 +161,14 @@ class RouterArgs(CalibrationArgs, DiscoveryArgs, FitArgs):
 
 
 class SampleArgs(_Strict):
-    """Answers written to report/samples.jsonl after every stack, to read what it learned."""
+    """Sampled answers in report/samples.jsonl after every round, to read what its stack has learned."""
 
     prompts: int = Field(default=2, ge=0, description="Validation prompts to answer; 0 turns samples off.")
-    max_new_tokens: int = Field(default=48, ge=1, description="Length of such an answer.")
+    max_new_tokens: int = Field(default=48, ge=1, description="Most tokens of such an answer.")
 
 
 class RLArgs(_Strict):
-    """When a round of preference or reinforcement learning ends early, and when its stack is kept."""
+    """When a round of preference or reinforcement learning ends early, and when its stack is not kept."""
 
     max_loss_increase: float = Field(
         default=0.05, ge=0, description="Most by which a kept RL round may raise the domain's own validation loss."
@@ -162,7 +182,7 @@ class RLArgs(_Strict):
 
 
 class StageSettings(_Strict):
-    """Keys of `brainstacks:` that may differ by domain, or by RL round; those left out keep the value above them."""
+    """Keys of `brainstacks:` that may differ by domain or RL round. A key that is left out has the value of the level above."""
 
     boosting: BoostingArgs | None = None
     null_space: NullSpaceArgs | None = None
@@ -172,7 +192,7 @@ class StageSettings(_Strict):
     noisy_gate: bool | None = None
 
     def over(self, block: BrainstacksBlock) -> BrainstacksBlock:
-        """`block` with these values in place of its own; of a nested block only the keys that are given."""
+        """`block` with these values in place of its own; in a nested block, only the keys that are given replace others."""
         update: dict[str, Any] = {}
         for key in self.model_fields_set:
             value, old = getattr(self, key), getattr(block, key, None)
@@ -185,17 +205,17 @@ class StageSettings(_Strict):
 
 
 class DomainSettings(StageSettings):
-    """`brainstacks:` in a domain's entry."""
+    """The `brainstacks:` block in a domain's entry."""
 
     eval_rows: int | None = Field(default=None, ge=1)
     router_datasets: list[dict[str, Any]] | None = Field(
         default=None,
-        description="Held-out rows for the router, as entries of `datasets:`; default: the domain's validation rows.",
+        description="Held-out examples for the router, as entries of `datasets:`; default: the domain's validation examples.",
     )
 
 
 class RLRoundArgs(BaseModel):
-    """An entry of `rl_rounds:`: the kind of learning, and any ordinary Axolotl keys that differ from the domain's."""
+    """An entry of `rl_rounds:`: the kind of RL, and any ordinary Axolotl keys that differ from the domain's."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -224,33 +244,35 @@ class DomainArgs(BaseModel):
 class BrainstacksBlock(_Strict):
     """The `brainstacks:` block."""
 
-    library: str | None = Field(default=None, description="Folder of the library; default output_dir/library.")
+    library: str | None = Field(default=None, description="Folder of the library. Default: output_dir/library.")
     library_sha256: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
         description="The SHA-256 that the library's manifest has to have, as `axolotl brainstacks-library LIB list` prints it.",
     )
-    num_experts: int = Field(default=4, ge=1, description="Experts of a stack.")
-    top_k: int = Field(default=2, ge=1, description="Experts that a token uses.")
-    noisy_gate: bool = Field(default=True, description="Noise on the gates in training, of a learned size.")
+    num_experts: int = Field(default=4, ge=1, description="Experts per stack.")
+    top_k: int = Field(default=2, ge=1, description="Experts that each token uses.")
+    noisy_gate: bool = Field(default=True, description="Add noise of a learned size to the expert gates in training.")
     balance_coef: float = Field(default=0.01, ge=0, description="Weight of the load-balance loss; 0 turns it off.")
     context: Literal["curriculum", "isolated"] = Field(
         default="curriculum", description="Whether earlier domains' stacks are on while a new one trains."
     )
     offload_frozen: bool = Field(
         default=False,
-        description="Keep frozen stacks in CPU memory; a layer's are copied to the GPU while the one before computes.",
+        description="Keep frozen stacks in CPU memory; each layer's are copied to the GPU while the layer before computes.",
     )
     frozen_dtype: FrozenDtype = Field(
         default=None,
-        description="`bfloat16`: over an fp32 base, frozen stacks in half the memory, and faster training where the CPU "
-        "multiplies bf16. Default: the base model's type. A library keeps what its first stack had.",
+        description="Dtype of frozen stacks. `bfloat16` halves their memory over an fp32 base, and trains faster on a CPU that "
+        "multiplies bf16. Default: the base model's. All stacks of a library have the same.",
     )
     max_resident_bytes: int | None = Field(
-        default=None, ge=1, description="Most memory for stacks when answering; those used least recently leave first."
+        default=None,
+        ge=1,
+        description="Most memory for stacks when answering; the least recently used are unloaded first.",
     )
     eval_rows: int = Field(
-        default=256, ge=1, description="Validation rows per domain kept in the library for measuring."
+        default=256, ge=1, description="Validation examples per domain that the library keeps for measuring losses."
     )
     boosting: BoostingArgs = Field(default_factory=BoostingArgs)
     null_space: NullSpaceArgs = Field(default_factory=NullSpaceArgs)
@@ -297,7 +319,7 @@ class BrainstacksBlock(_Strict):
         return library
 
     def check_names(self, library: Iterable[str]) -> None:
-        """Raises ValueError when the router's settings name a domain neither of the curriculum nor of `library`."""
+        """Raises ValueError if the router's settings name a domain that is neither in the curriculum nor in `library`."""
         known = list(dict.fromkeys([*library, *(domain.name for domain in self.curriculum)]))
         for key, names in (("floors", list(self.router.floors)), ("soft_domains", self.router.soft_domains)):
             for name in names:
@@ -307,17 +329,17 @@ class BrainstacksBlock(_Strict):
                     )
 
     def settings_of(self, domain: str) -> BrainstacksBlock:
-        """The block as it holds for `domain`."""
+        """The block with the settings of the domain's own entry."""
         return next(entry for entry in self.curriculum if entry.name == domain).brainstacks.over(self)
 
     @property
     def curriculum(self) -> list[DomainArgs]:
-        """The domains to train, in order; the one-domain form is a curriculum of one."""
+        """The domains to train, in order. With `domain:` there is one."""
         return self.domains or [DomainArgs(name=self.domain or "")]
 
     @classmethod
     def parse(cls, block: Any) -> BrainstacksBlock:
-        """Validate the block of a YAML. Raises ValueError in one sentence per mistake, each naming its key."""
+        """Validate the block of a YAML. Raises ValueError with one sentence per mistake, each of which names its key."""
         try:
             return cls.model_validate(block)
         except ValidationError as error:
@@ -325,15 +347,19 @@ class BrainstacksBlock(_Strict):
 
 
 class BrainstacksArgs(BaseModel):
-    """What the plugin adds to Axolotl's config schema."""
+    """The keys that the plugin adds to Axolotl's config schema."""
 
     brainstacks: BrainstacksBlock | None = None
 
 
 def explain(error: ValidationError, root: str, model: type[BaseModel], block: Any = None) -> str:
-    """What Pydantic found wrong, without its dump of the input: one sentence per mistake, under its key's path.
+    """Describe a validation error with one sentence per mistake, each of which names the key by its path.
 
-    In a path through `block`, the input, a domain goes by its name.
+    Args:
+        error: Pydantic's error; its dump of the input is left out.
+        root: the start of each path.
+        model: the schema that was validated, for "did you mean".
+        block: the input. With it, a path names a domain by its name, not by its number in the list.
     """
     sentences = []
     for mistake in error.errors(include_url=False):
@@ -355,7 +381,7 @@ def explain(error: ValidationError, root: str, model: type[BaseModel], block: An
 
 
 def _named(path: tuple[int | str, ...], block: Any) -> Iterator[int | str]:
-    """`path` through `block` with the names of list entries that have one instead of their numbers."""
+    """`path` through `block`, with the name of each list entry that has one in place of its number."""
     for part in path:
         try:
             block = block[part]
@@ -366,7 +392,7 @@ def _named(path: tuple[int | str, ...], block: Any) -> Iterator[int | str]:
 
 
 def _did_you_mean(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
-    """The hint for an unknown key, the last part of `path`; only blocks of ours forbid unknown keys."""
+    """The hint for an unknown key, the last part of `path`. Only our own blocks forbid unknown keys."""
     for part in path[:-1]:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
@@ -385,6 +411,6 @@ def _is_block(kind: Any) -> bool:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown key: the known one most like it, if any."""
+    """The end of an error about an unknown key: the most similar known key, or "" if there is none."""
     close = difflib.get_close_matches(key, list(known), 1)
     return f"; did you mean `{close[0]}`?" if close else ""

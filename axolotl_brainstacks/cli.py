@@ -1,4 +1,4 @@
-"""The click commands. Nothing heavy is imported before a command runs: `axolotl --help` imports this module."""
+"""The click commands. Each imports what it needs when it runs, because `axolotl --help` imports this module."""
 
 import math
 import re
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from axolotl_brainstacks.library import Library
 
 
-# Of a list of files, the first ones.
+# The most files of a list that are printed.
 _SHOWN = 10
 _FIT_AGAIN = " Fit the router again: axolotl brainstacks-router CONFIG"
 
 
 class _OneLineErrors(click.Command):
-    """Ends user errors with one line instead of a traceback."""
+    """A command that reports a user's mistake without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
-            # What a library says may be in it; the lines are ours.
+            # A message may contain text from a library, so control characters are escaped; line breaks are our own.
             raise click.ClickException("\n".join(map(printable, str(error).splitlines()))) from error
 
 
 class _Commands(_OneLineErrors, click.Group):
-    """A group whose commands do so."""
+    """A group whose commands all report mistakes so."""
 
 
 def _open(ctx: click.Context) -> "Library":
@@ -43,17 +43,17 @@ def _open(ctx: click.Context) -> "Library":
 @click.argument("lib", type=click.Path(file_okay=False, path_type=Path))
 @click.pass_context
 def library(ctx: click.Context, lib: Path) -> None:
-    """Look after LIB, the folder that `brainstacks.library` names."""
+    """Inspect or change LIB, the folder that `brainstacks.library` names."""
     ctx.obj = lib
 
 
 @library.command("list")
 @click.pass_context
 def list_domains(ctx: click.Context) -> None:
-    """Show every domain's state.
+    """List the domains and their state.
 
-    Loss: of the base, then after the last kept round. Capacity: the smallest share of output dimensions that was left
-    when it was trained.
+    Loss: the validation loss of the base model, then after the last kept round. Capacity: the smallest share of a
+    projection's output dimensions that other domains left to it.
     """
     from rich.console import Console
     from rich.table import Table
@@ -84,13 +84,13 @@ def list_domains(ctx: click.Context) -> None:
 
 
 @library.command()
-@click.option("--against", metavar="HASH", help="What the SHA-256 of the library's manifest has to be.")
+@click.option("--against", metavar="HASH", help="The SHA-256 that the library's manifest has to have.")
 @click.pass_context
 def verify(ctx: click.Context, against: str | None) -> None:
-    """Check every file against its SHA-256, and say which files have none.
+    """Check every file against its SHA-256, and list the files that have none.
 
-    The hashes are in the manifest, whose own SHA-256 is printed: note it where nobody can change it, and give it with
-    --against. Exit status 1 when anything is wrong.
+    The manifest has the hashes of all files, and this command prints the manifest's own hash. Keep that hash where nobody
+    can change it, and give it with --against. The exit status is 1 if anything is wrong.
     """
     from axolotl_brainstacks.library import Library
 
@@ -119,7 +119,7 @@ def verify(ctx: click.Context, against: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_context
 def remove(ctx: click.Context, domain: str, yes: bool) -> None:
-    """Remove DOMAIN with its stacks; says first what else changes."""
+    """Remove DOMAIN with its stacks, after showing what else changes."""
     with _open(ctx).writing() as opened:
         manifest = opened.manifest
         stacks = [stack.name for stack in manifest.stacks_of(domain)]
@@ -129,11 +129,11 @@ def remove(ctx: click.Context, domain: str, yes: bool) -> None:
             gone = [stack for stack in entry.context if stack in stacks]
             click.echo(
                 f"{name} was trained with {', '.join(gone)} on: its loss with its own stacks, {_loss(entry.last_loss)} "
-                "until now, will be another",
+                "until now, will change",
                 err=True,
             )
         if refitted := [name for name in manifest.outdated_protections(domain) if name != domain]:
-            click.echo(f"The next training fits again what protects {', '.join(refitted)}", err=True)
+            click.echo(f"The next training run fits the columns again that protect {', '.join(refitted)}", err=True)
         if manifest.router:
             click.echo("The router will be stale", err=True)
         if not yes:
@@ -158,9 +158,9 @@ def _loss(loss: float) -> str:
 @click.option("--undo", is_flag=True, help="Put the domain back as it was, without the stacks trained since.")
 @click.pass_context
 def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
-    """Have the next `axolotl train` train DOMAIN again, in its place.
+    """Make the next `axolotl train` train DOMAIN again, at its place in the order.
 
-    Its old stacks go on answering until the new ones are complete.
+    The old stacks answer until the new ones are complete.
     """
     from axolotl_brainstacks.library import replacement
 
@@ -176,7 +176,7 @@ def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
         replacement.check(manifest, domain)
         if dependents := manifest.dependents(domain):
             click.echo(f"Trained on top of its stacks ({', '.join(new)}): {', '.join(dependents)}", err=True)
-            click.echo("With the new stacks in their place, the losses of these will be others", err=True)
+            click.echo("With the new stacks in their place, the losses of these domains will change", err=True)
         if not yes:
             click.confirm(f"Train {domain} again ({_counted(new)} to be replaced)?", abort=True)
         opened.replace_domain(domain)
@@ -189,9 +189,9 @@ def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
 @click.option("--as", "renamed", multiple=True, metavar="NEW=OLD", help="Join OLD under another name; may be repeated.")
 @click.pass_context
 def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[str, ...]) -> None:
-    """Take over the finished domains of library OTHER, which was trained on the same base model.
+    """Copy the finished domains of library OTHER, which was trained on the same base model, into LIB.
 
-    A domain that was trained with stacks of another one on cannot be joined: see `context: isolated`.
+    A domain that was trained while stacks of other domains were on cannot be joined; `context: isolated` avoids that.
     """
     from axolotl_brainstacks.library import Library
     from axolotl_brainstacks.library.joining import joined_names
@@ -223,11 +223,11 @@ def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[
     type=click.Choice(["accelerate", "torchrun", "python"]),
     default="python",
     show_default=True,
-    help="What starts the processes; its own arguments follow after `--`.",
+    help="Program that starts the processes; its own arguments follow after `--`.",
 )
 @click.pass_context
 def router(ctx: click.Context, config: str, launcher: str) -> None:
-    """Measure which stacks answer which prompts best, and fit the router of the library that CONFIG names."""
+    """Measure which stacks answer which prompts best, and fit a router for the library that CONFIG names."""
     if launcher == "python":
         if ctx.args:
             raise click.UsageError(f"No such option or argument: {' '.join(ctx.args)}; settings belong into {config}")
@@ -252,7 +252,7 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
 @library.command()
 @click.pass_context
 def report(ctx: click.Context) -> None:
-    """Draw the library's figures anew, into LIB/report."""
+    """Draw the library's report again, into LIB/report."""
     from axolotl_brainstacks.library.report import PAGE, write_report
 
     with _open(ctx).writing() as opened:
@@ -263,12 +263,12 @@ def report(ctx: click.Context) -> None:
 @library.command("import")
 @click.argument("name")
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--base-model", help="Where the adapter's base model is, if not where its adapter_config.json says.")
+@click.option("--base-model", help="Folder or Hub name of the base model, if it is not the one in adapter_config.json.")
 @click.pass_context
 def import_adapter(ctx: click.Context, name: str, adapter: Path, base_model: str | None) -> None:
     """Add the PEFT LoRA in folder ADAPTER as domain NAME.
 
-    Makes the library if there is none. To be routed to, the domain needs `datasets:` in the YAML.
+    If LIB does not exist, it is made. A router can learn to choose the domain only if the YAML gives it `datasets:`.
     """
     from axolotl_brainstacks.library.lora_import import import_lora
 
