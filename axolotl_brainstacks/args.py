@@ -78,7 +78,7 @@ class CalibrationArgs(ThresholdArgs):
 
 
 class DiscoveryArgs(_Strict):
-    """How the best set of domains of a prompt is found, and on which prompts (arXiv 2604.01152, outcome discovery)."""
+    """How the best set of domains of a prompt is found, and on which prompts (arXiv 2604.01152, outcome router)."""
 
     search: Literal["auto", "greedy", "exhaustive"] = Field(
         default="auto",
@@ -112,7 +112,7 @@ class DiscoveryArgs(_Strict):
 
 
 class FitArgs(_Strict):
-    """The router's network and its training (arXiv 2604.01152, router)."""
+    """The router's network and its training (arXiv 2604.01152, outcome router)."""
 
     width: int = Field(default=512, ge=2, description="Width of the projected tokens.")
     max_tokens: int = Field(
@@ -196,6 +196,7 @@ class StageSettings(_Strict):
         update: dict[str, Any] = {}
         for key in self.model_fields_set:
             value, old = getattr(self, key), getattr(block, key, None)
+            # `model_fields_set` tells a key that the user gave from a default: a default must not replace the level above.
             if isinstance(value, BaseModel) and isinstance(old, BaseModel):
                 changes = {name: getattr(value, name) for name in value.model_fields_set}
                 value = old.model_copy(update=changes)
@@ -307,6 +308,8 @@ class BrainstacksBlock(_Strict):
 
     @model_validator(mode="after")
     def _isolated_domains_are_independent(self) -> BrainstacksBlock:
+        # An isolated domain must come out the same whatever else is in the library, so other domains' columns must not
+        # constrain it unless the user asks for them.
         if self.context == "isolated" and "directions" not in self.null_space.model_fields_set:
             self.null_space = self.null_space.model_copy(update={"directions": 0})
         return self
@@ -365,6 +368,7 @@ def explain(error: ValidationError, root: str, model: type[BaseModel], block: An
     for mistake in error.errors(include_url=False):
         path = ".".join(filter(None, [root, *map(str, _named(mistake["loc"], block))]))
         value, message = mistake["input"], mistake["msg"].removeprefix("Value error, ")
+        # Only scalars are repeated in the message: a list or a mapping may fill the terminal.
         shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
         match mistake["type"]:
             case "value_error" if path == root or message.startswith("brainstacks"):

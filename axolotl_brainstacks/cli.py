@@ -235,6 +235,7 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
 
         run(config)
         return
+    # The launcher starts the module in several processes, as Axolotl's own commands do with theirs.
     import subprocess
 
     from axolotl.cli.main import LAUNCHER_COMMAND_MAPPING

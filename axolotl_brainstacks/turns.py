@@ -29,7 +29,7 @@ class _Columns(Formatter):
 
     def get_value(self, key: int | str, args: Any, kwargs: Mapping[str, Any]) -> Any:
         if key not in kwargs:
-            raise ValueError(f"The rows have no column `{key}`; they have {', '.join(kwargs)}")
+            raise ValueError(f"The examples have no column `{key}`; they have {', '.join(kwargs)}")
         return kwargs[str(key)]
 
     def format_field(self, value: Any, format_spec: str) -> str:

@@ -238,7 +238,9 @@ def test_merging_is_refused(config: dict[str, Any]) -> None:
 def test_a_domain_without_rows(config: dict[str, Any]) -> None:
     config["brainstacks"]["domains"] = config["brainstacks"]["domains"][:2]
     path = Path(config["brainstacks"]["domains"][1]["datasets"][0]["path"])
-    message = rf"datasets of domain `code` \({re.escape(str(path))}\) cannot be loaded: .*; check that each is there and has rows"
+    message = (
+        rf"datasets of domain `code` \({re.escape(str(path))}\) cannot be loaded: .*; check that each is there and has"
+    )
     for text in ("", "\n", '{"messages": ['):
         path.write_text(text)
         assert_refused(config, message)

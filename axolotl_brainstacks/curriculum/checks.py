@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_brainstacks.args import nearest
 
+# Keys that no run may set, each with the reason and, where there is one, the alternative.
 REFUSED = {
     "merge_lora": "a stack's gates depend on the token, so it cannot be merged into the base weights; "
     "load the library with PeftModel.from_pretrained instead",
@@ -35,6 +36,7 @@ REFUSED = {
     "unfrozen_parameters": "the base model is shared by all domains and must stay as it is",
 }
 OPTIMIZERS = {str(name.value) for names in (OptimizerNames, CustomSupportedOptimizers) for name in names}
+# Keys that have no default, so that a missing one is an error.
 _REQUIRED = ("base_model", "learning_rate")
 
 

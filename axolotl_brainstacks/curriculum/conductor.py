@@ -18,6 +18,7 @@ class Conductor(AxolotlTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         train_curriculum(self.run, self.model, self.processing_class)
+        # Axolotl logs this and saves the model; steps and losses are in the library's records of rounds.
         return TrainOutput(0, 0.0, {})
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -32,6 +32,7 @@ def describe(trainer: Trainer) -> str:
 
 def release(trainer: Trainer) -> None:
     """Destroy the trainer's engine and its hooks, and drop all references that keep the optimiser's memory alive."""
+    # `free_memory` makes Accelerate forget the models and the optimiser; the Trainer and its callbacks still refer to them.
     trainer.accelerator.free_memory()
     if trainer.deepspeed is not None:
         _unhook(trainer.deepspeed, trainer.model)
@@ -74,6 +75,7 @@ def forwards(model: PeftModel, config: str | dict[str, Any] | None) -> Iterator[
     import deepspeed
 
     zero = HfDeepSpeedConfig(config).config["zero_optimization"]
+    # DeepSpeed does not accept "auto", which only the Trainer fills in, and needs a batch size even without training.
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {key: value for key, value in zero.items() if value != "auto"},

@@ -89,7 +89,7 @@ class Guard(TrainerCallback):
         self.evaluated_step = state.global_step
         if self.start is None:
             self.start, self.start_metrics = loss, evaluation_figures(metrics)
-        if loss < self.best_loss:
+        if loss < self.best_loss:  # False for NaN
             self.best_loss, self.best, self.evaluations_without_gain = loss, self._snapshot(), 0
             return
         self.evaluations_without_gain += 1
@@ -154,6 +154,7 @@ class Guard(TrainerCallback):
             (folder / "latest").write_text(saved.name)
         if self.best is not None:
             save_file(self.best, folder / WEIGHTS_FILE)
+        # Names of attributes, which `resume` sets again.
         own = {
             "fingerprint": self.fingerprint,
             "start": self.start,

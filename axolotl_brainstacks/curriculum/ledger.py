@@ -279,6 +279,7 @@ class Ledger:
                 assert constraint is not None
                 energy, left = constraint.energies[name], constraint.capacity_left
                 self.library.write_protection(name, columns, energy, left, beyond)
+            # Last, because a resumed run takes this record as proof that all columns were stored.
             self.library.update_domain(domain, constraint=constraint)
 
         on_main(write)

@@ -98,6 +98,7 @@ class TrainingRun:
             names = ", ".join(domain.name for domain in plan.block.curriculum)
             print(f"Brainstacks: nothing to do, {plan.library_path} holds all domains already: {names}")
             raise SystemExit(0)
+        # All data is loaded before anything trains, so that the last domain's mistakes do not show after days.
         stages = load_domains(plan.raw, todo, plan.block, with_rl=True, training=not preprocess)
         for stage in stages:
             check_same(f"The data of domain `{stage.name}`", stage.all_data, "give all nodes the same files")

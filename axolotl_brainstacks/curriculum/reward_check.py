@@ -104,11 +104,11 @@ def check_rewards(funcs: Sequence[RewardFunc], rows: Sequence[Mapping[str, Any]]
             each completion.
     """
     if not len(rows):
-        raise ValueError(f"the data of {where} are empty: `datasets` needs rows with a `prompt`")
+        raise ValueError(f"the data of {where} are empty: `datasets` needs examples with a `prompt`")
     tried = [dict(rows[index]) for index in range(min(2, len(rows))) for _ in _TRIED]
     if any("prompt" not in row for row in tried):
         raise ValueError(
-            f"the rows of {where} have no column `prompt`, only {_quoted(tried[0])}: set `type: "
+            f"the examples of {where} have no column `prompt`, only {_quoted(tried[0])}: set `type: "
             "axolotl_brainstacks.question_answer` in `datasets`, or a transform of your own that makes one"
         )
     texts = [_TRIED[index % len(_TRIED)] for index in range(len(tried))]
@@ -129,7 +129,7 @@ def check_rewards(funcs: Sequence[RewardFunc], rows: Sequence[Mapping[str, Any]]
             rewards = asyncio.run(func(**given)) if _is_async(func) else func(**given)
         except Exception as error:
             raise ValueError(
-                f"{said} fails on the first rows of the data ({type(error).__name__}: {error}); their columns are "
+                f"{said} fails on the first examples of the data ({type(error).__name__}: {error}); their columns are "
                 f"{_quoted(tried[0])}: correct the function or the data"
             ) from error
         bad: list[str] = []
@@ -147,7 +147,7 @@ def _check_columns(func: RewardFunc, passed: Mapping[str, Any], said: str) -> No
         )
         if name not in passed and not optional:
             raise ValueError(
-                f"{said} needs the column `{name}`, but the rows have {_quoted(passed, without=_PASSED)}: add the field "
+                f"{said} needs the column `{name}`, but the examples have {_quoted(passed, without=_PASSED)}: add the field "
                 f"`{name}` to the data of `datasets`, or take the function out"
             )
 

@@ -57,7 +57,7 @@ def check_rl(keys: dict[str, Any], where: str) -> None:
     rl = keys["rl"]
     if not keys.get("datasets"):
         raise ValueError(
-            f"`datasets:` is missing in {where}; give it rows of the form that `rl: {rl}` learns from ({FORMS[rl][0]})"
+            f"`datasets:` is missing in {where}; give it examples of the form that `rl: {rl}` learns from ({FORMS[rl][0]})"
         )
     if rl == "kto" and int(keys.get("micro_batch_size") or 1) < 2:
         raise ValueError(
@@ -93,8 +93,8 @@ def check_rows(dataset: Dataset, rl: str, where: str) -> None:
     form, columns = FORMS[rl]
     if missing := sorted(columns - set(dataset.column_names)):
         raise ValueError(
-            f"The rows of `datasets:` of {where} have no `{missing[0]}`, and `rl: {rl}` learns from {form}; choose a `type:` "
-            f"that makes it (the rows have {', '.join(dataset.column_names)})"
+            f"The examples of `datasets:` of {where} have no `{missing[0]}`, and `rl: {rl}` learns from {form}; choose a `type:` "
+            f"that makes it (the examples have {', '.join(dataset.column_names)})"
         )
 
 

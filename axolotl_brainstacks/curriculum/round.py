@@ -89,6 +89,8 @@ class Round(TrainerCallback):
             guard.close()
             guard.restore_best()
             yield self._judge(trainer, cfg, guard)
+            # The engine is released only after the block, which measures losses with it. Checkpoints go last: until the round
+            # is recorded in the library, a killed run resumes from them.
             release(trainer)
             del self.trainer, trainer
         on_each_node(lambda: _remove(Path(cfg.output_dir)))
@@ -153,6 +155,7 @@ class Round(TrainerCallback):
             prepare_rl(trainer, self.stage.rl, cfg.seed, guard.report)
         if self.stage.rl in ONLINE:
             guard.resumable = partial(between_generations, trainer)
+        # Before the callbacks of Axolotl and the user: the guard has to complete a checkpoint before another one reads it.
         trainer.callback_handler.callbacks[:0] = [self, guard, self.session.interruption]
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
@@ -202,8 +205,8 @@ class Round(TrainerCallback):
         for key, batches in (("datasets", train), ("test_datasets` or `val_set_size", evaluation)):
             if not batches:
                 raise ValueError(
-                    f"The rows of `{key}` of domain `{self.stage.name}` do not fill one batch on each of "
-                    f"{self.trainer.accelerator.num_processes} processes; give more rows, or set `sample_packing` (for "
+                    f"The examples of `{key}` of domain `{self.stage.name}` do not fill one batch on each of "
+                    f"{self.trainer.accelerator.num_processes} processes; give more examples, or set `sample_packing` (for "
                     "validation `eval_sample_packing`) to false"
                 )
 
@@ -242,6 +245,7 @@ class Round(TrainerCallback):
         frozen = self.ledger.next_stack_name(name)
         config = self.model.peft_config[ADAPTER_NAME]
         assert isinstance(config, BrainstacksConfig)
+        # From here on the frozen copy stands for the round's stack; the one in training is the identity again.
         self.tuner.reset_stack(ADAPTER_NAME, cfg.seed)
         self.tuner.attach_stack(frozen, name, config, tensors)
         self.tuner.use_stacks(self.ledger.context_of(name))

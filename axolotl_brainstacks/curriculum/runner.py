@@ -96,7 +96,7 @@ def report_forgetting(session: Session, domain: str) -> None:
     """Measure every finished domain with the stacks that it was trained with, and with all stacks on."""
     measured, every_stack, unmeasured = session.ledger.when_finished(domain)
     if unmeasured:
-        LOG.info("Not measured, for want of validation rows: %s", ", ".join(unmeasured))
+        LOG.info("Not measured, because they have no validation examples: %s", ", ".join(unmeasured))
     with session.model.disable_adapter():
         row = forgetting_row(session.tuner, measured, every_stack, session.loss)
     session.ledger.record_forgetting(domain, row)

@@ -28,7 +28,9 @@ from axolotl_brainstacks.library.storage import record_of
 
 LOG = get_logger(__name__)
 
+# Keys of the `brainstacks:` block that change what a round learns, so that a checkpoint with others is not resumed from.
 _STACK_KEYS = {"num_experts", "top_k", "noisy_gate", "balance_coef", "context", "null_space", "frozen_dtype"}
+# Keys that may change between a run and its resumption, because they do not change what a round learns.
 _NOT_LEARNED_FROM = {
     *("axolotl_config_path", "brainstacks", "dataset_num_proc", "dataset_prepared_path", "logging_steps", "output_dir"),
     *SAVING,
@@ -123,6 +125,7 @@ def validated(keys: dict[str, Any], where: str) -> DictDefault:
     except ValidationError as error:
         mistakes = explain(error, "", merge_input_args()[1])
         raise ValueError(f"The config of {where} is not valid: {mistakes}") from None
+    # Axolotl's own command does the same after validation; a stage's config does not pass through that command.
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)
     return cfg
@@ -179,6 +182,7 @@ def _configured(
 
 
 def _load(name: str, supervised: _Configured, rl_rounds: list[_Configured]) -> DomainStage:
+    # The library keeps enough examples for measuring losses and for fitting the columns that protect the domain.
     stage = _loaded(name, supervised)
     measured = stage.block.eval_rows
     rows = answer_rows(stage.eval_dataset, max(measured, stage.block.null_space.samples))
@@ -202,8 +206,8 @@ def _loaded(name: str, configured: _Configured) -> Stage:
     except Exception as error:
         paths = ", ".join(str(dataset.path) for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])])
         raise ValueError(
-            f"The datasets of {where} ({paths}) cannot be loaded: {error!r}; check that each is there and has rows "
-            "of its `type:`"
+            f"The datasets of {where} ({paths}) cannot be loaded: {error!r}; check that each is there and has "
+            "examples of its `type:`"
         ) from error
     if not meta.train_dataset or not len(meta.train_dataset):
         raise ValueError(f"The datasets of {where} have no usable example; check `datasets:` and `sequence_len`")

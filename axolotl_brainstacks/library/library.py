@@ -204,7 +204,7 @@ class Library(LibraryRecords):
         file = f"validation/{name}-{record_of(rows).sha256[:12]}.safetensors"
         with self._changing() as manifest:
             entry = manifest.domain(name)
-            assert entry.before is not None and not entry.rounds, "rounds were measured on the rows there are"
+            assert entry.before is not None and not entry.rounds, "rounds were measured on the present examples"
             entry.validation, entry.validation_file = self._put(file, rows), file
             entry.base_loss, entry.eval_rows = base_loss, eval_rows
 

@@ -117,7 +117,7 @@ def _of_choices(answer: Any, choices: Any) -> tuple[Options, str]:
     elif plain.upper() in names:
         return options, plain.upper()
     raise ValueError(
-        f"the column `answer` holds {answer!r}, which is none of the row's `choices`, {exact}: correct the row in the data"
+        f"the column `answer` holds {answer!r}, which is none of the example's `choices`, {exact}: correct the data"
     )
 
 

@@ -28,8 +28,8 @@ def question_answer(
         asked = row.get("prompt") or row.get("question") or conversation
         if not asked:
             raise ValueError(
-                "`type: axolotl_brainstacks.question_answer` of `datasets:`: a row has none of the fields `prompt`, `question` "
-                f"and `messages`, only {', '.join(f'`{key}`' for key in row)}: rename the one that asks"
+                "`type: axolotl_brainstacks.question_answer` of `datasets:`: an example has none of the fields `prompt`, "
+                f"`question` and `messages`, only {', '.join(f'`{key}`' for key in row)}: rename the one that asks"
             )
         kept = {key: value for key, value in row.items() if key not in _SOURCES}
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else _plain(asked)

@@ -47,6 +47,7 @@ def python_tests(prompts: list[Any], completions: list[Completion], **columns: l
         (_program(text_of(completion), prompt, entry), _tests(source, entry)) if source else None
         for prompt, completion, source, entry in zip(prompts, completions, tests, entries, strict=True)
     ]
+    # After the data are parsed, so that mistakes in them show on every machine.
     require_isolation()
     with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda job: job and float(passes(*job)), jobs))

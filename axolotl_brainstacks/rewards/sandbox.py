@@ -78,6 +78,7 @@ def _verdict(program: str, tests: Tests, nonce: bytes, limits: Limits) -> bytes:
     """
     job = asdict(limits) | {"unisolated": _unisolated_allowed(), "program": program.encode("utf-8", "replace").decode()}
     messages = [marshal.dumps(job), marshal.dumps((tests.code, tests.keep)), nonce]
+    # A pipe of its own for the answer: the program's standard output leads nowhere, so printing cannot forge one.
     answer, given = os.pipe()
     with tempfile.TemporaryDirectory(prefix="brainstacks-") as folder, os.fdopen(answer, "rb", buffering=0) as answers:
         process = subprocess.Popen(
@@ -96,8 +97,11 @@ def _verdict(program: str, tests: Tests, nonce: bytes, limits: Limits) -> bytes:
         except subprocess.TimeoutExpired:
             return b""
         finally:
+            # The whole session, because without isolation the program may have started processes.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        # The child is dead, so whatever it wrote is in the pipe. Without isolation a process that it started may still hold the
+        # other end open, and a blocking read would wait for it.
         os.set_blocking(answers.fileno(), False)
         return answers.read(1000) or b""

@@ -28,7 +28,7 @@ def column(columns: Mapping[str, Any], name: str, reward: str) -> list[Any]:
         return list(columns[name])
     there = ", ".join(f"`{key}`" for key, values in columns.items() if isinstance(values, list)) or "none"
     raise ValueError(
-        f"the reward function `{reward}` needs the column `{name}`, but besides the prompt the rows of `datasets:` have "
+        f"the reward function `{reward}` needs the column `{name}`, but besides the prompt the examples of `datasets:` have "
         f"{there}: add the field `{name}` to the data, or take `{reward}` out of `trl.reward_funcs`"
     )
 
