@@ -225,6 +225,7 @@ class RLRoundArgs(BaseModel):
 
     @property
     def overlay(self) -> dict[str, Any]:
+        """The ordinary Axolotl keys of the entry, `rl` included."""
         return dict(self.model_extra or {}) | {"rl": self.rl}
 
 
@@ -239,6 +240,7 @@ class DomainArgs(BaseModel):
 
     @property
     def overlay(self) -> dict[str, Any]:
+        """The ordinary Axolotl keys of the entry."""
         return dict(self.model_extra or {})
 
 

@@ -125,6 +125,7 @@ def write_model(source: Source, target: Path) -> None:
 
 
 def digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,6 +17,7 @@ class Conductor(AxolotlTrainer):
     run: TrainingRun
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train all domains; arguments are those of `Trainer.train`, and are not used."""
         train_curriculum(self.run, self.model, self.processing_class)
         # Axolotl logs this and saves the model; steps and losses are in the library's records of rounds.
         return TrainOutput(0, 0.0, {})

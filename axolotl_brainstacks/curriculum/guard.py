@@ -81,6 +81,7 @@ class Guard(TrainerCallback):
         self._report: str | None = None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Copy the weights if the objective has improved, else decide whether the round ends."""
         if self.closed:
             return
         metrics = kwargs["metrics"]
@@ -102,6 +103,8 @@ class Guard(TrainerCallback):
             self._stop(control, "patience")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End the round if the logged training loss, reward or gradient norm is not finite, or the loss has spiked."""
+        # `name_metrics` puts `<domain>/round<n>/` before every name, so names are compared by their end.
         logs = {f"/{key}": value for key, value in kwargs["logs"].items() if isinstance(value, float)}
         # With fp16 an infinite gradient is routine: the step is skipped and the loss scale halved.
         endings = ("/loss", "/reward") if args.fp16 else ("/loss", "/reward", "/grad_norm")

@@ -105,9 +105,11 @@ class Ledger:
         return next((entry for entry in self.library.manifest.domains if entry.name == domain), None)
 
     def stack_names(self) -> list[str]:
+        """The names of all stacks in the library, oldest first."""
         return on_main(lambda: [stack.name for stack in self.library.manifest.stacks])
 
     def next_stack_name(self, domain: str) -> str:
+        """As `Manifest.next_stack_name`."""
         return on_main(lambda: self.library.manifest.next_stack_name(domain))
 
     def context_of(self, domain: str) -> list[str]:

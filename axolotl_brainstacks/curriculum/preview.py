@@ -127,6 +127,7 @@ class Preview:
                 )
 
     def table(self) -> Table:
+        """A table with one line per domain."""
         table = Table(title="Plan: at most what is below, less where a round ends early or does not help")
         table.add_column("domain")
         data = ("training examples", "dropped", "validation examples (kept)")

@@ -56,6 +56,7 @@ class Interruption(TrainerCallback):
             LOG.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End training with a checkpoint if any rank has received a signal."""
         if world_size() > 1:
             # A launcher signals its processes one after another, but all of them have to stop at the same step.
             votes = torch.tensor([self.received], device=args.device)

@@ -158,6 +158,7 @@ class BaseModelInfo(BaseModel):
 
     @property
     def title(self) -> str:
+        """The model's name and revision, for errors."""
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
 

@@ -65,6 +65,7 @@ class LibraryFolder:
 
     @staticmethod
     def exists(path: str | Path) -> bool:
+        """Whether the folder has a manifest."""
         return (Path(path) / MANIFEST).is_file()
 
     @classmethod

@@ -40,6 +40,7 @@ class FolderLock:
 
     @classmethod
     def of(cls, folder: Path) -> FolderLock:
+        """The lock of this folder, one object for all paths that lead to it."""
         folder = folder.resolve()
         with cls._knowing:
             return cls._known.get(folder) or cls._known.setdefault(folder, cls(folder))

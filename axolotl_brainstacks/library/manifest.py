@@ -195,6 +195,7 @@ class DomainEntry(_Entry):
 
     @property
     def validation_path(self) -> str:
+        """Path of the packed validation examples, relative to the library."""
         return self.validation_file or f"validation/{self.name}.safetensors"
 
     @property
@@ -251,6 +252,7 @@ class Manifest(_Entry):
             counts = Counter(entry.name for entry in entries)
             if twice := [name for name, count in counts.items() if count > 1]:
                 raise ValueError(f"{kind} {twice[0]!r} is listed twice")
+        # No two domains may list one file, or removing one of them would take the other's file away.
         owner = {stack.name: stack.domain for stack in self.stacks}
         domains = {domain.name for domain in self.domains}
         for stack in self.stacks:
@@ -351,9 +353,11 @@ class Manifest(_Entry):
         raise ValueError(f"stack {name!r} is not in the library, which has {known}: check the name")
 
     def next_stack_name(self, domain: str) -> str:
+        """The name that the next stack will have if it belongs to `domain`, such as "s003_math"."""
         return f"s{self.next_stack:03d}_{domain}"
 
     def stacks_of(self, domain: str) -> list[StackEntry]:
+        """The stacks of a domain, oldest first; while it is being replaced, the old and the new ones."""
         return [stack for stack in self.stacks if stack.domain == domain]
 
     def bytes_of(self, domain: str) -> int:

@@ -50,6 +50,7 @@ class Sample:
 
     @property
     def format(self) -> str:
+        """The format of `values`: a dtype's name, "nf4", "fp4" or "int8"."""
         return self.kind.partition(" from ")[0]
 
     @property
@@ -77,6 +78,7 @@ class WeightSamples:
 
     @property
     def kinds(self) -> str:
+        """All kinds of samples, separated by commas."""
         return ", ".join(sorted({sample.kind for sample in self.samples.values()}))
 
     def differing(self, other: WeightSamples) -> list[str]:
@@ -86,7 +88,9 @@ class WeightSamples:
         """
         if lone := self.samples.keys() ^ other.samples.keys():
             return [name for name in {**self.samples, **other.samples} if name in lone]
-        found, stray, codes = [], [], 0
+        found: list[str] = []
+        stray: list[str] = []  # one name for each code that differs
+        codes = 0  # how many codes were compared
         for name, mine in self.samples.items():
             its = other.samples[name]
             if not mine.values.numel() or not its.values.numel():
@@ -96,12 +100,14 @@ class WeightSamples:
             elif mine.kind == its.kind:  # of one kind, two loads of a model have equal values
                 different = int(mine.values.ne(its.values).sum())
                 if mine.scales is None:
-                    found += [name] * bool(different)
+                    if different:
+                        found.append(name)
                     continue
                 codes += mine.values.numel()
                 stray += [name] * different
                 if not _same_scales(mine, its):
                     found.append(name)
+        # A few stray codes come from different kernels; more of them mean other weights.
         if len(stray) > max(2, STRAY_CODES * codes):
             found += [name for name in dict.fromkeys(stray) if name not in found]
         return found
@@ -178,10 +184,12 @@ def _cells(codes: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
 def _widened(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The interval before its ends were rounded to `dtype`, which moved each by at most half a unit in the last place."""
     info = torch.finfo(dtype)
-    below, above = (
-        info.eps / 2 * end.abs().clamp(min=info.smallest_normal).log2().floor().exp2() for end in (low, high)
-    )
-    return low - below, high + above
+
+    def half_unit(end: Tensor) -> Tensor:
+        power_of_two = end.abs().clamp(min=info.smallest_normal).log2().floor().exp2()
+        return info.eps / 2 * power_of_two
+
+    return low - half_unit(low), high + half_unit(high)
 
 
 def _same_scales(a: Sample, b: Sample) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MATRIX_ENTRIES, VECTOR_ENTRIES, FEWEST_ENTRIES = 64, 32, 4
-# The most entries of a whole model. Of a model with very many parameters (unfused experts), each gives fewer entries.
+# The most entries of a whole model. If it has very many parameters (unfused experts), each gives fewer entries.
 MOST_ENTRIES = 2**17
 # Only the first rows of a vocabulary are sampled, because resizing it keeps these. If it has fewer, their number is rounded
 # down to a power of two, so that a small vocabulary that grew a little is sampled at the same positions.
@@ -53,6 +53,7 @@ def sample_weights(model: PreTrainedModel) -> WeightSamples:
         state = getattr(parameter, "quant_state", None)
         if state is not None and read[name][1]:
             tables.setdefault(state.quant_type, state.code.float())
+    # All tensors of all parameters go to the CPU in one list, and are taken from it again in the same order.
     pieces = [piece for _, tensors in read.values() for piece in tensors]
     host = iter(_to_host([*pieces, *tables.values()]))
     samples = {name: _sample(kind, [next(host) for _ in parts], loaded) for name, (kind, parts) in read.items()}
