@@ -1,4 +1,4 @@
-"""The `brainstacks:` block of an Axolotl YAML, and every rule that can be checked on the block alone."""
+"""The schema of the `brainstacks:` block of an Axolotl YAML, with all checks that need nothing but the block."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class NullSpaceArgs(_Strict):
 
 
 class ThresholdArgs(_Strict):
-    """From which probability on a domain is on, and what it weighs at least."""
+    """The probability at which the router switches a domain on, and the least weight of each domain."""
 
     gate_threshold: float = Field(
         default=0.12,
@@ -76,13 +76,13 @@ class ThresholdArgs(_Strict):
 
 
 class GateArgs(ThresholdArgs):
-    """How weights are read off the router's probabilities; stored with a fitted router."""
+    """How the router's probabilities become the domains' weights; stored with a fitted router."""
 
     weights: Literal["soft", "hard"] = "soft"
 
 
 class CalibrationArgs(ThresholdArgs):
-    """What the user asks of the gate. `auto` measures which one answers best (see `routing.calibrate`)."""
+    """The thresholds as the YAML gives them. With `weights: auto`, `router_training` measures which ones answer best."""
 
     weights: Literal["auto", "soft", "hard"] = Field(
         default="auto",
@@ -92,7 +92,7 @@ class CalibrationArgs(ThresholdArgs):
 
 
 class DiscoveryArgs(_Strict):
-    """What the best set of domains of a prompt is, and on which prompts it is measured (arXiv 2604.01152, router)."""
+    """How the best set of domains of a prompt is found, and on which prompts (arXiv 2604.01152, outcome router)."""
 
     search: Literal["auto", "greedy", "exhaustive"] = Field(
         default="auto",
@@ -124,7 +124,7 @@ class DiscoveryArgs(_Strict):
 
 
 class FitArgs(_Strict):
-    """The router's network and its training (arXiv 2604.01152, router)."""
+    """The router's network and its training (arXiv 2604.01152, outcome router)."""
 
     width: int = Field(default=512, ge=2, description="Width of the router's network.")
     max_tokens: int = Field(
@@ -164,7 +164,10 @@ class RouterArgs(CalibrationArgs, DiscoveryArgs, FitArgs):
     """How the router is made and how it weighs domains (arXiv 2604.01152, outcome router)."""
 
     def gate(self, weights: Literal["soft", "hard"] | None = None, threshold: float | None = None) -> GateArgs:
-        """The gate of these settings, or with another kind of weights or threshold. `auto` is soft until calibrated."""
+        """The router's thresholds with these settings, or with another kind of weights or another `gate_threshold`.
+
+        `weights: auto` counts as soft until calibration has chosen.
+        """
         return GateArgs(
             gate_threshold=self.gate_threshold if threshold is None else threshold,
             weights=weights or ("soft" if self.weights == "auto" else self.weights),
@@ -180,7 +183,7 @@ class SampleArgs(_Strict):
 
 
 class RLArgs(_Strict):
-    """When a round of preference or reinforcement learning ends early, and when its stack is kept."""
+    """When a round of preference or reinforcement learning ends early, and when its stack is not kept."""
 
     max_loss_increase: float = Field(
         default=0.05,
@@ -198,7 +201,7 @@ class RLArgs(_Strict):
 
 
 class StageSettings(_Strict):
-    """Keys of `brainstacks:` that may differ by domain, or by RL round; those left out keep the value above them."""
+    """Keys of `brainstacks:` that may differ by domain or RL round. A key that is left out has the value of the level above."""
 
     boosting: BoostingArgs | None = Field(default=None, description="As `brainstacks.boosting:`, key by key.")
     null_space: NullSpaceArgs | None = Field(default=None, description="As `brainstacks.null_space:`, key by key.")
@@ -208,10 +211,11 @@ class StageSettings(_Strict):
     noisy_gate: bool | None = Field(default=None, description="As `brainstacks.noisy_gate`.")
 
     def over(self, block: BrainstacksBlock) -> BrainstacksBlock:
-        """`block` with these values in place of its own; of a nested block only the keys that are given."""
+        """`block` with these values in place of its own; in a nested block, only the keys that are given replace others."""
         update: dict[str, Any] = {}
         for key in self.model_fields_set:
             value, old = getattr(self, key), getattr(block, key, None)
+            # `model_fields_set` tells a key that the user gave from a default: a default must not replace the level above.
             if isinstance(value, BaseModel) and isinstance(old, BaseModel):
                 changes = {name: getattr(value, name) for name in value.model_fields_set}
                 value = old.model_copy(update=changes)
@@ -221,7 +225,7 @@ class StageSettings(_Strict):
 
 
 class DomainSettings(StageSettings):
-    """`brainstacks:` in a domain's entry."""
+    """The `brainstacks:` block in a domain's entry."""
 
     eval_rows: int | None = Field(default=None, ge=1, description="As `brainstacks.eval_rows`.")
     router_datasets: list[dict[str, Any]] | None = Field(
@@ -240,6 +244,7 @@ class RLRoundArgs(BaseModel):
 
     @property
     def overlay(self) -> dict[str, Any]:
+        """The ordinary Axolotl keys of the entry, `rl` included."""
         return dict(self.model_extra or {}) | {"rl": self.rl}
 
 
@@ -256,6 +261,7 @@ class DomainArgs(BaseModel):
 
     @property
     def overlay(self) -> dict[str, Any]:
+        """The ordinary Axolotl keys of the entry."""
         return dict(self.model_extra or {})
 
 
@@ -328,6 +334,8 @@ class BrainstacksBlock(_Strict):
 
     @model_validator(mode="after")
     def _isolated_domains_are_independent(self) -> BrainstacksBlock:
+        # An isolated domain must come out the same whatever else is in the library, so other domains' columns must not
+        # constrain it unless the user asks for them.
         if self.context == "isolated" and "directions" not in self.null_space.model_fields_set:
             self.null_space = self.null_space.model_copy(update={"directions": 0})
         return self
@@ -340,7 +348,7 @@ class BrainstacksBlock(_Strict):
         return library
 
     def check_names(self, library: Iterable[str]) -> None:
-        """Raises ValueError when the router's settings name a domain neither of the curriculum nor of `library`."""
+        """Raises ValueError if the router's settings name a domain that is neither in the curriculum nor in `library`."""
         known = list(dict.fromkeys([*library, *(domain.name for domain in self.curriculum)]))
         for key, names in (("floors", list(self.router.floors)), ("soft_domains", self.router.soft_domains)):
             for name in names:
@@ -350,17 +358,17 @@ class BrainstacksBlock(_Strict):
                     )
 
     def settings_of(self, domain: str) -> BrainstacksBlock:
-        """The block as it holds for `domain`."""
+        """The block with the settings of the domain's own entry."""
         return next(entry for entry in self.curriculum if entry.name == domain).brainstacks.over(self)
 
     @property
     def curriculum(self) -> list[DomainArgs]:
-        """The domains to train, in order; the one-domain form is a curriculum of one."""
+        """The domains to train, in order. With `domain:` there is one."""
         return self.domains or [DomainArgs(name=self.domain or "")]
 
     @classmethod
     def parse(cls, block: Any) -> BrainstacksBlock:
-        """Validate the block of a YAML. Raises ValueError in one sentence per mistake, each naming its key."""
+        """Validate the block of a YAML. Raises ValueError with one sentence per mistake, each of which names its key."""
         try:
             return cls.model_validate(block)
         except ValidationError as error:
@@ -368,20 +376,25 @@ class BrainstacksBlock(_Strict):
 
 
 class BrainstacksArgs(BaseModel):
-    """What the plugin adds to Axolotl's config schema."""
+    """The keys that the plugin adds to Axolotl's config schema."""
 
     brainstacks: BrainstacksBlock | None = None
 
 
 def explain(error: ValidationError, root: str, model: type[BaseModel], block: Any = None) -> str:
-    """What Pydantic found wrong, without its dump of the input: one sentence per mistake, under its key's path.
+    """Describe a validation error with one sentence per mistake, each of which names the key by its path.
 
-    In a path through `block`, the input, a domain goes by its name.
+    Args:
+        error: Pydantic's error; its dump of the input is left out.
+        root: the start of each path.
+        model: the schema that was validated, for "did you mean".
+        block: the input. With it, a path names a domain by its name, not by its number in the list.
     """
     sentences = []
     for mistake in error.errors(include_url=False):
         path = ".".join(filter(None, [root, *map(str, _named(mistake["loc"], block))]))
         value, message = mistake["input"], mistake["msg"].removeprefix("Value error, ")
+        # Only scalars are repeated in the message: a list or a mapping may fill the terminal.
         shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
         match mistake["type"]:
             case "value_error" if path == root or message.startswith("brainstacks"):
@@ -398,7 +411,7 @@ def explain(error: ValidationError, root: str, model: type[BaseModel], block: An
 
 
 def _named(path: tuple[int | str, ...], block: Any) -> Iterator[int | str]:
-    """`path` through `block` with the names of list entries that have one instead of their numbers."""
+    """`path` through `block`, with the name of each list entry that has one in place of its number."""
     for part in path:
         try:
             block = block[part]
@@ -409,7 +422,7 @@ def _named(path: tuple[int | str, ...], block: Any) -> Iterator[int | str]:
 
 
 def _did_you_mean(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
-    """The hint for an unknown key, the last part of `path`; only blocks of ours forbid unknown keys."""
+    """The hint for an unknown key, the last part of `path`. Only our own blocks forbid unknown keys."""
     for part in path[:-1]:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
@@ -428,6 +441,6 @@ def _is_block(kind: Any) -> bool:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown key: the known one most like it, if any."""
+    """The end of an error about an unknown key: the most similar known key, or "" if there is none."""
     close = difflib.get_close_matches(key, list(known), 1)
     return f"; did you mean `{close[0]}`?" if close else ""

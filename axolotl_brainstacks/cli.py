@@ -1,4 +1,4 @@
-"""The click commands. Nothing heavy is imported before a command runs: `axolotl --help` imports this module."""
+"""The click commands. Each imports what it needs when it runs, because `axolotl --help` imports this module."""
 
 import math
 import re
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from axolotl_brainstacks.library import Library
 
 
-# Of a list of files, the first ones.
+# The most files of a list that are printed.
 _SHOWN = 10
 _FIT_AGAIN = " Fit the router again: axolotl brainstacks-router CONFIG"
 
 
 class _OneLineErrors(click.Command):
-    """Ends user errors with one line instead of a traceback."""
+    """A command that reports a user's mistake without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
-            # What a library says may be in it; the lines are ours.
+            # A message may contain text from a library, so control characters are escaped; line breaks are our own.
             raise click.ClickException("\n".join(map(printable, str(error).splitlines()))) from error
 
 
 class _Commands(_OneLineErrors, click.Group):
-    """A group whose commands do so."""
+    """A group whose commands all report mistakes so."""
 
 
 def _open(ctx: click.Context) -> "Library":
@@ -50,7 +50,7 @@ def library(ctx: click.Context, lib: Path) -> None:
 @library.command("list")
 @click.pass_context
 def list_domains(ctx: click.Context) -> None:
-    """Show every domain's state.
+    """List the domains and their state.
 
     Loss: validation loss of the base model -> after the last round that was kept. Capacity: smallest share of a
     projection's output dimensions that other domains left free when the domain was trained. Also prints the SHA-256 of
@@ -130,11 +130,11 @@ def remove(ctx: click.Context, domain: str, yes: bool) -> None:
             gone = [stack for stack in entry.context if stack in stacks]
             click.echo(
                 f"{name} was trained with {', '.join(gone)} on: its loss with its own stacks, {_loss(entry.last_loss)} "
-                "until now, will be another",
+                "until now, will change",
                 err=True,
             )
         if refitted := [name for name in manifest.outdated_protections(domain) if name != domain]:
-            click.echo(f"The next training fits again what protects {', '.join(refitted)}", err=True)
+            click.echo(f"The next training run fits the columns again that protect {', '.join(refitted)}", err=True)
         if manifest.router:
             click.echo("The router will be stale", err=True)
         if not yes:
@@ -177,7 +177,7 @@ def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
         replacement.check(manifest, domain)
         if dependents := manifest.dependents(domain):
             click.echo(f"Trained on top of its stacks ({', '.join(new)}): {', '.join(dependents)}", err=True)
-            click.echo("With the new stacks in their place, the losses of these will be others", err=True)
+            click.echo("With the new stacks in their place, the losses of these domains will change", err=True)
         if not yes:
             click.confirm(f"Train {domain} again ({_counted(new)} to be replaced)?", abort=True)
         opened.replace_domain(domain)
@@ -237,6 +237,7 @@ def router(ctx: click.Context, config: str, launcher: str) -> None:
 
         run(config)
         return
+    # The launcher starts the module in several processes, as Axolotl's own commands do with theirs.
     import subprocess
 
     from axolotl.cli.main import LAUNCHER_COMMAND_MAPPING

@@ -1,8 +1,8 @@
-"""The one way in which files that may come from a stranger are opened for reading: a library's, an adapter's to import.
+"""Reads files that may come from a stranger, those of a library or of an adapter to import. No other code opens them.
 
-Only regular files are opened, so a FIFO or a device blocks nobody; sizes and nesting are bounded before anything is made
-of the content. A link to a *file* is followed, as the Hugging Face Hub's cache consists of such links; a link to a
-*folder* inside a library is refused, because writing and deleting there would happen elsewhere.
+Only regular files are opened, because opening a FIFO or a device could block for ever. Sizes and nesting are bounded
+before the content is parsed. A link to a *file* is followed, because the Hugging Face Hub's cache consists of such links. A
+link to a *folder* inside a library is refused, because writing or deleting there would change another folder.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_DEPTH = 32
-# A header takes about 150 bytes a tensor.
+# A safetensors header takes about 150 bytes for each tensor.
 MAX_HEADER_BYTES = 32 * 2**20
 
 
 def printable(text: object) -> str:
-    """`text` on one line, for a terminal: control characters, also those that reorder text, become escapes."""
+    """`text` on one line, safe to print: control characters, also those that reorder text, become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def folder_problem(root: Path, relative: str) -> str | None:
-    """What is wrong, in one line, with the folders between `root` and its file `relative`; None also if one is missing.
+    """Check that no folder between `root` and its file `relative` is a link.
 
-    `root` itself may be a link: its user has named it.
+    `root` itself may be a link, because the user has named it.
+
+    Returns:
+        What is wrong, in one line; None if nothing is, or a folder does not exist.
     """
     for parent in reversed(PurePosixPath(relative).parents[:-1]):
         try:
@@ -46,8 +49,9 @@ def folder_problem(root: Path, relative: str) -> str | None:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading. Raises OSError when it cannot be opened, ValueError unless it is a regular one."""
-    # Opening a device can do something already, so it is looked at first; and again, as what was opened counts.
+    """Open a file for reading. Raises OSError if it cannot be opened, ValueError if it is not a regular file."""
+    # Opening a device can have effects, so the check comes first; the file may be replaced in between, so it is repeated on
+    # the open file.
     if stat.S_ISREG(path.stat().st_mode):
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb")
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -57,7 +61,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """The content of a file of at most `limit` bytes. Raises as `open_regular`, and ValueError for a larger one."""
+    """The content of a file of at most `limit` bytes. Raises as `open_regular`, and ValueError for a larger file."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size <= limit and len(data := file.read(limit + 1)) <= limit:
             return data
@@ -85,7 +89,7 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode()
         value = json.loads(text, object_pairs_hook=_unique, parse_float=finite, parse_constant=finite)
-        if "\\u" in text:  # half of a character can be written as an escape, and nowhere again
+        if "\\u" in text:  # an escape can stand for half of a surrogate pair, which no encoding can write again
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
@@ -100,7 +104,7 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value of a JSON file. Raises OSError, and ValueError naming the file, as `read` and `parse_json`."""
+    """The value of a JSON file. Raises OSError and ValueError as `read` and `parse_json`, naming the file."""
     data = read(path, limit)
     try:
         return parse_json(data)
@@ -109,41 +113,44 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped on the CPU. Raises ValueError when it is damaged."""
+    """The tensors of a safetensors file by key, memory-mapped on the CPU. Raises ValueError if the file is damaged."""
     from safetensors.torch import load_file
 
     with open_regular(path) as file:
         _check_header(path, file.read(8), os.fstat(file.fileno()).st_size)
     try:
         return load_file(path)
-    except Exception as error:  # the reader's own, and whatever torch says of a shape or type
+    except Exception as error:  # safetensors' own error, or any of torch's for an impossible shape or dtype
         raise ValueError(f"{printable(path)} is damaged ({printable(error)}): restore it from a copy") from error
 
 
 def parse_tensors(data: bytes, name: object) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in memory. Raises ValueError calling it `name` when it is damaged."""
+    """The tensors of a safetensors file's content, by key. Raises ValueError, naming it `name`, if it is damaged."""
     from safetensors.torch import load
 
     _check_header(name, data[:8], len(data))
     try:
         return load(data)
-    except Exception as error:  # as above
+    except Exception as error:  # as in `load_tensors`
         raise ValueError(f"{printable(name)} is damaged ({printable(error)}): restore it from a copy") from error
 
 
 def _check_header(name: object, start: bytes, size: int) -> None:
+    """Raises ValueError if the header's length, the first 8 bytes, does not fit a file of `size` bytes."""
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"{printable(name)} is damaged (no safetensors header): restore it from a copy")
 
 
 def _items(value: Any) -> list[Any]:
+    """The values directly inside a JSON value."""
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice: two programs may read two different values."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,4 +1,4 @@
-"""A dataset type for rows that are no chats yet: `type: axolotl_brainstacks.turns` makes a chat of their columns.
+"""The dataset type `axolotl_brainstacks.turns`, which makes a chat of two turns from the columns of an example.
 
     datasets:
       - path: tatsu-lab/alpaca
@@ -6,8 +6,8 @@
         field_human: "{instruction}\n\n{input}"
         field_model: "{output}"
 
-The two turns then go through the model's chat template, as `type: chat_template` data does. So all domains share one
-prompt format, which is also the one that `axolotl inference` puts around an instruction.
+The model's chat template then formats the two turns, as it does with `type: chat_template`. All domains thus have one prompt
+format, and `axolotl inference` uses the same one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FIELDS = {"field_human": "user", "field_model": "assistant"}
 
 
 class _Columns(Formatter):
-    """Python's format strings over a row's columns: `{question}`, `{options[A]}`, `{contexts[0]}`."""
+    """Python's format strings with columns as fields: `{question}`, `{options[A]}`, `{contexts[0]}`; None becomes ""."""
 
     def get_value(self, key: int | str, args: Any, kwargs: Mapping[str, Any]) -> Any:
         if key not in kwargs:
-            raise ValueError(f"The rows have no column `{key}`; they have {', '.join(kwargs)}")
+            raise ValueError(f"The examples have no column `{key}`; they have {', '.join(kwargs)}")
         return kwargs[str(key)]
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -37,13 +37,13 @@ class _Columns(Formatter):
 
 
 class TurnsStrategy(DatasetWrappingStrategy):
-    """Makes `messages` of each row, and hands them to Axolotl's chat template strategy."""
+    """Makes `messages` from each example, and passes them to Axolotl's chat template strategy."""
 
     def __init__(self, chat: PromptTokenizingStrategy, formats: Mapping[str, str]) -> None:
         self.chat, self.formats = chat, dict(formats)
 
     def messages(self, row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-        """The row's two turns; an empty column leaves no blank lines at their ends."""
+        """The two turns of an example, without the blank lines that an empty column leaves at their ends."""
         columns = _Columns()
         return {
             "messages": [
@@ -60,7 +60,7 @@ class TurnsStrategy(DatasetWrappingStrategy):
             remove_columns=dataset.column_names,
             num_proc=process_count,
             keep_in_memory=bool(keep_in_memory),
-            desc="Making turns of columns",
+            desc="Making turns from columns",
         )
         return wrap_dataset_for_tokenized_prompt(
             self.chat, chats, process_count=process_count, keep_in_memory=keep_in_memory
@@ -68,11 +68,11 @@ class TurnsStrategy(DatasetWrappingStrategy):
 
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Mapping[str, Any]) -> TurnsStrategy:
-    """What Axolotl calls for this `type:`.
+    """Make the strategy of a dataset; Axolotl calls this for `type: axolotl_brainstacks.turns`.
 
     Raises:
-        ValueError: if `field_human` or `field_model` is missing, or `chat_template` at the top level, without which
-            `axolotl inference` would use none.
+        ValueError: if the dataset lacks `field_human` or `field_model`, or the top level lacks `chat_template`, which
+            `axolotl inference` needs to format its prompts in the same way.
     """
     for key in FIELDS:
         if not ds_cfg.get(key):

@@ -1,4 +1,4 @@
-"""Asks the demo's library one unseen prompt of each domain, and shows which stacks answered."""
+"""Asks the demo's library one unseen prompt per domain, and shows which domains' stacks the router chose for each."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import axolotl_brainstacks  # noqa: F401  (teaches PEFT the type BRAINSTACKS)
+import axolotl_brainstacks  # noqa: F401  (registers the adapter type BRAINSTACKS with PEFT)
 
 
 @click.command()
@@ -26,9 +26,10 @@ def main(demo: Path) -> None:
     batch = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
+    # The router reads the prompts without any stack. `generate` routes each prompt again in the same way.
     routes = model.base_model.route(batch["input_ids"], batch["attention_mask"])
     answers = model.generate(**batch, max_new_tokens=60, do_sample=False)[:, batch["input_ids"].shape[1] :]
-    table = Table("domain", "prompt", "route", "answer", title="One batch, a route of its own for every row")
+    table = Table("domain", "prompt", "route", "answer", title="One batch, in which every prompt has its own route")
     for domain, prompt, route, answer in zip(domains, prompts, routes, answers, strict=True):
         table.add_row(
             domain,

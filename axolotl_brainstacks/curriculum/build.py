@@ -27,11 +27,14 @@ ADAPTER_NAME = "default"
 
 
 def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple[PeftModel, PeftConfig]:
-    """The model Axolotl trains or answers with.
+    """Put the adapter around the base model, in place of Axolotl's own LoRA.
+
+    Returns:
+        The model that Axolotl trains or answers with, and its PEFT config.
 
     Raises:
-        ValueError: if the library belongs to another base model, there is none to answer with or nothing in it, or
-            its router cannot be used.
+        ValueError: if the library belongs to another base model; or, for answering, if there is no library, it has no
+            stacks, or its router cannot be used.
     """
     keep_cpu_4bit_trainable(model)
     if plan.inference:
@@ -40,7 +43,9 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
                 f"There is no library at {plan.library_path}; run `axolotl train` first, or set `brainstacks.library`"
             )
         peft_model = PeftModel.from_pretrained(model, str(plan.library_path))
-        if plan.block.library_sha256:  # what was read is what was checked before the base model was loaded
+        # PEFT has read the folder just now. The pin is checked again, because the folder may have changed since the plan
+        # was made.
+        if plan.block.library_sha256:
             Library.open(plan.library_path, plan.block.library_sha256)
         answering = tuner(peft_model)
         assert answering.resident is not None
@@ -48,7 +53,7 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
         answering.show_routes = True
         if plan.block.offload_frozen:
             answering.offload_frozen()
-        if not plan.makes_router:  # which measures all stacks together
+        if not plan.makes_router:  # making a router measures all stacks together, so they all have to fit
             answering.resident.max_bytes = plan.block.max_resident_bytes
         if not answering.stacks:
             raise ValueError(f"{plan.library_path} has no stacks to answer with: run `axolotl train`")
@@ -60,7 +65,8 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
     check_targets(tuner(peft_model), config.target_modules)
     if plan.block.offload_frozen:
         tuner(peft_model).offload_frozen()
-    tuner(peft_model).set_frozen_dtype(plan.block.frozen_dtype)  # `load_stages` has seen that the library's is the same
+    # `preflight.done_domains` has checked that the library has the same dtype.
+    tuner(peft_model).set_frozen_dtype(plan.block.frozen_dtype)
     if Library.exists(plan.library_path):
         attach_library(tuner(peft_model), Library.open(plan.library_path), cfg.base_model)
     if is_main():
@@ -72,6 +78,7 @@ def build_adapter(model: PreTrainedModel, cfg: DictDefault, plan: Plan) -> tuple
 
 
 def stack_config(cfg: DictDefault, plan: Plan) -> BrainstacksConfig:
+    """The PEFT config of a fresh stack, from Axolotl's `lora_*` keys and the `brainstacks:` block."""
     block = plan.block
     targets = cfg.lora_target_modules
     return BrainstacksConfig(
@@ -93,7 +100,10 @@ def stack_config(cfg: DictDefault, plan: Plan) -> BrainstacksConfig:
 
 
 def check_targets(model: StackTuner, targets: Collection[str] | str | None) -> None:
-    """Raises ValueError for a named projection that the model lacks; the default's are tried on any model."""
+    """Raises ValueError if `targets` names a projection that the model lacks.
+
+    The default projections are exempt: a model may lack some of them.
+    """
     wrapped = [f".{layer.module_name}" for layer in model.brainstacks_layers()]
     for target in () if isinstance(targets, str) else targets or ():
         if target not in PROJECTIONS and not any(name.endswith(f".{target}") for name in wrapped):
@@ -104,7 +114,7 @@ def check_targets(model: StackTuner, targets: Collection[str] | str | None) -> N
 
 
 def attach_library(tuner: StackTuner, library: Library, model_name: str) -> None:
-    """Attach all stacks of `library`, oldest first, those of a domain that is being trained again among them.
+    """Attach all stacks of `library`, oldest first; old stacks of a domain that is being replaced are included.
 
     Raises:
         ValueError: if the library was made for another base model, or one of its files is missing or altered.
@@ -116,8 +126,15 @@ def attach_library(tuner: StackTuner, library: Library, model_name: str) -> None
 
 
 def stand_for_library(model: PeftModel, adapter: str, base_model: str, library: str) -> None:
-    """Make what `save_pretrained` writes a folder that stands for `library`: without the stack in training, and without the
-    embeddings that PEFT adds where the vocabulary was resized, as no weight but a stack's comes from a library."""
+    """Make `save_pretrained` write a PEFT folder without weights that refers to `library`.
+
+    The folder has neither the stack in training nor the embeddings that PEFT saves if the vocabulary was resized, because
+    loading it takes weights from the library's stacks only.
+
+    Args:
+        adapter: PEFT's name of the stack in training.
+        library: the library's path, relative to the folder that will be saved.
+    """
     for layer in tuner(model).brainstacks_layers():
         layer.delete_adapter(adapter)
     model.peft_config[adapter] = BrainstacksConfig.for_library(base_model, library)
@@ -125,16 +142,18 @@ def stand_for_library(model: PeftModel, adapter: str, base_model: str, library: 
 
 
 def tuner(peft_model: PeftModel) -> BrainstacksModel:
+    """The tuner inside a PEFT model."""
     base = peft_model.base_model
     assert isinstance(base, BrainstacksModel)
     return base
 
 
 def report_quantization(model: StackTuner, cfg: DictDefault) -> None:
-    """Say how many wrapped projections are quantised.
+    """Log how many of the wrapped projections are quantised.
 
     Raises:
-        ValueError: if quantisation was asked for and none is: training would silently take many times the memory.
+        ValueError: if the config asks for quantisation and no projection is quantised, because training would take many
+            times the memory.
     """
     if not (cfg.load_in_4bit or cfg.load_in_8bit):
         return
@@ -147,7 +166,11 @@ def report_quantization(model: StackTuner, cfg: DictDefault) -> None:
 
 
 def keep_cpu_4bit_trainable(model: nn.Module) -> None:
-    """bitsandbytes repacks NF4 weights at the first evaluation on a CPU, after which no gradient passes them."""
+    """Stop bitsandbytes from repacking NF4 weights on a CPU.
+
+    bitsandbytes repacks them for its bf16 kernel in the first forward in evaluation mode, and after that no gradient flows
+    through them.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010

@@ -1,4 +1,4 @@
-"""What Axolotl would accept, ignore, or fail on late, in the keys that a run of stages uses."""
+"""Checks ordinary Axolotl keys for values that Axolotl would accept and ignore, or fail on only after hours."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_brainstacks.args import nearest
 
+# Keys that no run may set, each with the reason and, where there is one, the alternative.
 REFUSED = {
     "merge_lora": "a stack's gates depend on the token, so it cannot be merged into the base weights; "
     "load the library with PeftModel.from_pretrained instead",
@@ -21,7 +22,7 @@ REFUSED = {
     "fsdp_config": "FSDP is not supported; use `deepspeed:`",
     "save_only_model": "an interrupted round could not be resumed",
     "reward_model": "reward models are not supported",
-    "trainer_cls": "every stage has Axolotl's own trainer",
+    "trainer_cls": "every round has Axolotl's own trainer",
     "process_reward_model": "reward models are not supported",
     "peft_use_dora": "stacks have no DoRA magnitude",
     "loraplus_lr_ratio": "a stack has no LoRA+ groups; use `learning_rate`",
@@ -35,18 +36,29 @@ REFUSED = {
     "unfrozen_parameters": "the base model is shared by all domains and must stay as it is",
 }
 OPTIMIZERS = {str(name.value) for names in (OptimizerNames, CustomSupportedOptimizers) for name in names}
+# Keys that have no default, so that a missing one is an error.
 _REQUIRED = ("base_model", "learning_rate")
 
 
 def check_refused(keys: dict[str, Any], where: str = "") -> None:
-    """Raises ValueError for a key that no run of stages can use."""
+    """Raises ValueError if a key of `REFUSED` is set.
+
+    Args:
+        where: of an overlay, its owner, as " of domain `math`", for the error.
+    """
     for key, reason in REFUSED.items():
         if keys.get(key):
             raise ValueError(f"`{key}`{where} cannot be used with `adapter: brainstacks`: {reason}")
 
 
 def check_values(cfg: dict[str, Any], owner: str, overlay: dict[str, Any]) -> None:
-    """Raises ValueError for a value in a complete config, `cfg`, of a domain or an RL round, that cannot be trained with."""
+    """Raises ValueError for a value that cannot be trained with.
+
+    Args:
+        cfg: the complete config of a domain or an RL round.
+        owner: that domain or RL round, in words.
+        overlay: the keys in the owner's own entry; the error names the owner only for these.
+    """
     for key, (holds, rule) in _RULES.items():
         value = cfg.get(key)
         if value is None and key not in _REQUIRED:
@@ -60,7 +72,7 @@ def check_values(cfg: dict[str, Any], owner: str, overlay: dict[str, Any]) -> No
 
 
 def _number(value: Any) -> float:
-    """NaN for what is no number. YAML reads 1e-4 as a string."""
+    """A number from the YAML, which reads 1e-4 as a string; NaN for anything that is not a number."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -97,7 +109,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_accumulation_steps": (_whole, "must be a whole number of at least 1"),
     "val_set_size": (
         lambda value: 0 <= _number(value) < 1 or (_whole(value) and value != 1),
-        "must be a share below 1, or a whole number of rows from 2 on",
+        "must be a share below 1, or a whole number of examples from 2 on",
     ),
     "datasets": (_datasets, "must be a list of entries that each have a `path:`"),
     "test_datasets": (_datasets, "must be a list of entries that each have a `path:`"),

@@ -1,4 +1,7 @@
-"""Engines: what runs, one for forwards alone, and letting go of one so that nothing is left when the next is built."""
+"""DDP and DeepSpeed engines: describes a trainer's, builds one for forward passes only, and releases all that one holds.
+
+One process trains many rounds, each with an engine of its own, so that whatever an engine leaves behind would add up.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _ZERO3_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds
 
 
 def describe(trainer: Trainer) -> str:
-    """One line for the log: what really runs, which a wrong environment can silently change."""
+    """The number of processes and the kind of engine, for the log: a wrong environment can change both silently."""
     engine = trainer.deepspeed
     kind = type(trainer.model_wrapped).__name__
     if engine is not None:
@@ -28,7 +31,8 @@ def describe(trainer: Trainer) -> str:
 
 
 def release(trainer: Trainer) -> None:
-    """Destroy the engine, its hooks, and all references that keep the optimiser's memory alive."""
+    """Destroy the trainer's engine and its hooks, and drop all references that keep the optimiser's memory alive."""
+    # `free_memory` makes Accelerate forget the models and the optimiser; the Trainer and its callbacks still refer to them.
     trainer.accelerator.free_memory()
     if trainer.deepspeed is not None:
         _unhook(trainer.deepspeed, trainer.model)
@@ -43,7 +47,10 @@ def release(trainer: Trainer) -> None:
 
 
 def _unhook(engine: Any, model: nn.Module) -> None:
-    """`destroy` leaves the engine's hooks on the module, and ZeRO-3's closures over the engine in every submodule."""
+    """Remove what DeepSpeed's `destroy` leaves: the engine's hooks on the model, and ZeRO-3's closures in every submodule.
+
+    A closure refers to the engine, and would keep its memory alive.
+    """
     for name in ("module_forward_pre_hook", "module_forward_post_hook"):
         hook = getattr(engine, name, None)
         if hook is not None:
@@ -55,10 +62,12 @@ def _unhook(engine: Any, model: nn.Module) -> None:
 
 @contextmanager
 def forwards(model: PeftModel, config: str | dict[str, Any] | None) -> Iterator[None]:
-    """Let a model compute outside training: where ZeRO-3 loaded it in shards, only an engine gathers them.
+    """Let a model compute outside training while the block runs.
+
+    A model that ZeRO-3 loaded in shards needs an engine, which gathers them for each forward. Other models need nothing.
 
     Args:
-        config: the YAML's `deepspeed:`.
+        config: the value of `deepspeed:` in the YAML.
     """
     if not sharded(model.parameters()):
         yield
@@ -66,6 +75,7 @@ def forwards(model: PeftModel, config: str | dict[str, Any] | None) -> Iterator[
     import deepspeed
 
     zero = HfDeepSpeedConfig(config).config["zero_optimization"]
+    # DeepSpeed does not accept "auto", which only the Trainer fills in, and needs a batch size even without training.
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {key: value for key, value in zero.items() if value != "auto"},

@@ -1,4 +1,4 @@
-"""Keeps the best weights of a round and ends rounds that went wrong (arXiv 2604.01152, best-weights guard)."""
+"""Keeps the best weights of a round, and ends a round that goes wrong (arXiv 2604.01152, best-weights guard)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ WEIGHTS_FILE = "brainstacks_best.safetensors"
 
 @dataclass(frozen=True)
 class Objective:
-    """What a round improves on held-out rows, as the trainer's evaluation reports it.
+    """The quantity that a round has to improve on held-out examples, as the trainer's evaluation reports it.
 
-    sign: 1 for a loss, -1 for a reward. worst_rise: end the round when ``sign * value`` exceeds its best, or with
-    `from_start` its start, by this.
+    key: its name among the evaluation's metrics.
+    sign: 1 for a loss, -1 for a reward; the guard minimises ``sign * value``.
+    worst_rise: the round ends when ``sign * value`` exceeds its best value, or with `from_start` its first, by this.
+    reason: the `stop_reason` of a round that ends so.
     """
 
     key: str = "eval_loss"
@@ -41,14 +43,17 @@ class Objective:
 
 
 class Guard(TrainerCallback):
-    """Snapshots the stack at every gain of the objective; stops on a spike, a non-finite value, or no gain.
+    """Copies the stack's weights whenever the objective improves, and stops on a spike, a non-finite value, or no gain.
 
-    The first evaluation comes before the first step, so that a round which only ever makes things worse gets its start
-    back: the identity. Decisions follow from what the trainer has gathered over all ranks, so every rank takes the same
-    ones.
+    The first evaluation comes before the first step, so a round that never improves gets its initial weights back: a stack
+    with B = 0, which changes nothing. All decisions depend on values that the trainer has reduced over the ranks, so all
+    ranks decide alike.
 
     Args:
-        loss_spike: for RL rounds, stop when a logged training loss exceeds the first one by this; None: never.
+        adapter: PEFT's name of the stack in training.
+        patience: how many evaluations in a row may bring no gain.
+        loss_spike: in RL rounds, stop when a logged training loss exceeds the first one by this; None: never.
+        fingerprint: what a checkpoint has to have in common with this round to be resumed from.
     """
 
     def __init__(
@@ -71,11 +76,12 @@ class Guard(TrainerCallback):
         self.evaluated_step = -1
         self.stop_reason = "finished"
         self.closed = False
-        # Whether a checkpoint written now holds all that the next step needs.
+        # Tells whether a checkpoint written now would hold all that the next step needs.
         self.resumable: Callable[[], bool] = lambda: True
         self._report: str | None = None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Copy the weights if the objective has improved, else decide whether the round ends."""
         if self.closed:
             return
         metrics = kwargs["metrics"]
@@ -84,7 +90,7 @@ class Guard(TrainerCallback):
         self.evaluated_step = state.global_step
         if self.start is None:
             self.start, self.start_metrics = loss, evaluation_figures(metrics)
-        if loss < self.best_loss:
+        if loss < self.best_loss:  # False for NaN
             self.best_loss, self.best, self.evaluations_without_gain = loss, self._snapshot(), 0
             return
         self.evaluations_without_gain += 1
@@ -97,6 +103,8 @@ class Guard(TrainerCallback):
             self._stop(control, "patience")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End the round if the logged training loss, reward or gradient norm is not finite, or the loss has spiked."""
+        # `name_metrics` puts `<domain>/round<n>/` before every name, so names are compared by their end.
         logs = {f"/{key}": value for key, value in kwargs["logs"].items() if isinstance(value, float)}
         # With fp16 an infinite gradient is routine: the step is skipped and the loss scale halved.
         endings = ("/loss", "/reward") if args.fp16 else ("/loss", "/reward", "/grad_norm")
@@ -110,21 +118,21 @@ class Guard(TrainerCallback):
             self._stop(control, "spike")
 
     def report(self, problem: str) -> None:
-        """Have the round end after this step, because of a `problem` that perhaps only this rank has seen."""
+        """End the round after this step because of a `problem`, which only this rank may have seen."""
         self._report = problem
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.loss_spike is not None:  # in RL rounds, where alone reports come
+        if self.loss_spike is not None:  # only RL rounds have reports, and gathering them costs every step time
             problem = next((report for report in gather_objects(self._report) if report), None)
             if problem:
                 self._stop(control, problem)
 
     def close(self) -> None:
-        """What is evaluated from here on judges the round, and changes nothing about how it went."""
+        """Ignore later evaluations: they measure the finished round, and must not change its best weights."""
         self.closed = True
 
     def ended(self, state: TrainerState) -> bool:
-        """Whether the round has trained all it will."""
+        """Whether the round has no step left to train."""
         return state.global_step >= state.max_steps or self.stop_reason != "finished"
 
     def _stop(self, control: TrainerControl, reason: str) -> None:
@@ -135,18 +143,21 @@ class Guard(TrainerCallback):
         control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Complete the checkpoint; the state file comes last, and without it the checkpoint does not count.
+        """Add the guard's files to the Trainer's checkpoint; a checkpoint without the state file is never resumed from.
 
-        The Trainer would train one more step from a checkpoint at which the round has ended, so that one never counts.
+        The state file is written last, so a kill before leaves no checkpoint that looks complete. A checkpoint at which the
+        round has ended gets none, because the Trainer would train one more step from there.
         """
-        barrier()  # what the other ranks write of it is there
+        barrier()  # the other ranks have written their parts of the checkpoint
         if not args.should_save or self.ended(state) or not self.resumable():
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         for saved in folder.glob("global_step*"):
-            (folder / "latest").write_text(saved.name)  # DeepSpeed writes it on the first node alone
+            # DeepSpeed writes this file on the first node only, and each node needs it to resume.
+            (folder / "latest").write_text(saved.name)
         if self.best is not None:
             save_file(self.best, folder / WEIGHTS_FILE)
+        # Names of attributes, which `resume` sets again.
         own = {
             "fingerprint": self.fingerprint,
             "start": self.start,
@@ -164,7 +175,7 @@ class Guard(TrainerCallback):
         temporary.replace(folder / STATE_FILE)
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from what `on_save` wrote into `checkpoint`."""
+        """Restore the state that `on_save` wrote into `checkpoint`."""
         for key, value in json.loads((checkpoint / STATE_FILE).read_text()).items():
             setattr(self, key, value)
         if (checkpoint / WEIGHTS_FILE).exists():
@@ -172,7 +183,7 @@ class Guard(TrainerCallback):
 
     @torch.no_grad()
     def restore_best(self) -> None:
-        """Give the stack its best weights back."""
+        """Copy the best weights back into the stack."""
         if self.best is None:
             return
         for name, parameter in self._parameters():
@@ -192,7 +203,7 @@ class Guard(TrainerCallback):
 
 
 def evaluation_figures(metrics: dict[str, Any]) -> dict[str, float]:
-    """What an evaluation says about the model, without the `eval_` before it and without how long it took."""
+    """The metrics of an evaluation without their prefix `eval_`, and without timings."""
     timing = ("runtime", "per_second", "steps", "mem", "time", "num_tokens")
     return {
         key.removeprefix("eval_"): float(value)
@@ -202,7 +213,12 @@ def evaluation_figures(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def last_complete_checkpoint(folder: Path, fingerprint: str) -> Path | None:
-    """The newest checkpoint of this stage that was written to its end, wherever ranks keep their parts of it, or None."""
+    """The newest checkpoint that every rank has a complete part of, or None. Every rank has to call this.
+
+    Args:
+        folder: the round's `output_dir`; nodes may have different disks.
+        fingerprint: the round's; checkpoints with another one are skipped with a warning.
+    """
     states = {path: json.loads(path.read_text()) for path in folder.glob(f"checkpoint-*/{STATE_FILE}")}
     mine = {
         int(path.parent.name.rpartition("-")[2])

@@ -1,5 +1,7 @@
-"""What a curriculum reads from and writes into its library. Every method runs on every rank, and all get the same answer;
-only the main process touches the library's files."""
+"""A training run's access to its library.
+
+Every rank calls every method, and all get the same result; only the main process reads and writes the library's files.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ from axolotl_brainstacks.library.report import FORGETTING, SAMPLES, read_records
 
 @dataclass(frozen=True)
 class Measured:
-    """A domain's validation rows, and the stacks that were on when it was trained, its own included."""
+    """A domain to measure.
+
+    rows: its validation examples.
+    context: the stacks that were on when it was trained, its own included.
+    """
 
     name: str
     rows: list[Example]
@@ -35,10 +41,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Protected:
-    """A domain to keep out of.
+    """A domain whose output directions the domain in training has to leave alone.
 
-    rows, stacks: what its outputs are measured on, and with. columns: (out, d) by module name, as the library holds them;
-    None if they are to be fitted.
+    rows: the validation examples that its output deltas are measured on.
+    stacks: the stacks that are on for this.
+    columns: (out, d) by module name, as stored in the library; None if they have not been fitted yet.
     """
 
     name: str
@@ -48,7 +55,7 @@ class Protected:
 
 
 class Ledger:
-    """The library of one run. `library` is there on the main process alone."""
+    """The library of one run. Only the main process has the attribute `library`."""
 
     def __init__(self, plan: Plan, tuner: StackTuner, library: Library | None) -> None:
         self.plan, self.tuner, self._library = plan, tuner, library
@@ -59,7 +66,7 @@ class Ledger:
         """Open the plan's library, or create it, and hold its lock.
 
         Raises:
-            ValueError: if it has changed since `state` was seen, belongs to another base model, or is being written.
+            ValueError: if the library differs from `state`, belongs to another base model, or another process writes it.
         """
         base = BaseModelInfo.of(tuner.model, plan.raw["base_model"], plan.raw.get("revision_of_model"))
         ledger = cls(plan, tuner, None)
@@ -79,7 +86,7 @@ class Ledger:
             state.check_unchanged()
             library = Library.create(path, base, frozen_dtype)
             lock.enter_context(library.writing())
-        # From the first stack on, so that an interrupted curriculum can be loaded too.
+        # Written before the first stack, so that PEFT can load the library of an interrupted run too.
         library.write_root_config(BrainstacksConfig.for_library(self.plan.raw["base_model"], ".").to_dict())
         self._library = library
 
@@ -91,19 +98,22 @@ class Ledger:
     # Reading
 
     def entry(self, domain: str) -> DomainEntry | None:
+        """The manifest's entry of a domain, None if it is not listed yet."""
         return on_main(lambda: self._entry(domain))
 
     def _entry(self, domain: str) -> DomainEntry | None:
         return next((entry for entry in self.library.manifest.domains if entry.name == domain), None)
 
     def stack_names(self) -> list[str]:
+        """The names of all stacks in the library, oldest first."""
         return on_main(lambda: [stack.name for stack in self.library.manifest.stacks])
 
     def next_stack_name(self, domain: str) -> str:
+        """As `Manifest.next_stack_name`."""
         return on_main(lambda: self.library.manifest.next_stack_name(domain))
 
     def context_of(self, domain: str) -> list[str]:
-        """The attached stacks that are on while `domain` trains, one that is not recorded yet among them."""
+        """Names of the attached stacks that are on while `domain` trains, one that is not in the manifest yet included."""
         isolated = self.plan.block.context == "isolated"
 
         def read() -> tuple[list[str], list[str]]:
@@ -118,7 +128,7 @@ class Ledger:
         ]
 
     def below(self) -> dict[str, Any]:
-        """What the library holds below a stage, as JSON: the base model and all stacks."""
+        """What a round trains on top of, as a JSON value: the base model's record and all stacks."""
 
         def read() -> dict[str, Any]:
             manifest = self.library.manifest
@@ -130,7 +140,7 @@ class Ledger:
         return on_main(read)
 
     def rows_of(self, domain: str) -> tuple[list[Example], list[Example]]:
-        """The validation rows that a domain's losses are measured on, and the spare ones."""
+        """The validation examples that a domain's losses are measured on, and the spare ones."""
 
         def read() -> tuple[list[Example], list[Example]]:
             entry = self.library.manifest.domain(domain)
@@ -141,13 +151,17 @@ class Ledger:
         return on_main(read)
 
     def _rows(self, entry: DomainEntry) -> list[Example]:
-        rows = unpack_rows(self.library.validation_of(entry), f"the validation rows of {entry.name}")
-        check_vocabulary(rows, self.tuner.model, f"The validation rows of {entry.name}")
+        rows = unpack_rows(self.library.validation_of(entry), f"the validation examples of {entry.name}")
+        check_vocabulary(rows, self.tuner.model, f"The validation examples of {entry.name}")
         return rows
 
     def when_finished(self, domain: str) -> tuple[list[Measured], list[str], list[str]]:
-        """The finished domains with rows to measure on, all stacks, and the domains without rows, as they will be once
-        `domain` is finished."""
+        """What there is to measure for the forgetting matrix, as if `domain` were finished already.
+
+        Returns:
+            The finished domains with validation examples, the names of all stacks, and the names of the finished domains
+            without validation examples.
+        """
 
         def read() -> tuple[list[Measured], list[str], list[str]]:
             manifest = self.library.manifest.model_copy(deep=True)
@@ -168,7 +182,10 @@ class Ledger:
         return on_main(read)
 
     def others(self, domain: str) -> list[Protected]:
-        """The other domains with something to protect, in the library's order; one that is being replaced as it was before."""
+        """The other domains that have stacks to protect, in the library's order.
+
+        A domain that is being replaced is protected as it was before, because its old stacks go on answering.
+        """
         attached = [stack.name for stack in self.tuner.stacks]
 
         def read() -> list[Protected]:
@@ -187,13 +204,17 @@ class Ledger:
         return on_main(read)
 
     def constraint(self, domain: str) -> ConstraintRecord | None:
-        """What was recorded when `domain` was last kept out of others."""
+        """The record of the columns that `domain` was last trained against."""
         return on_main(lambda: self.library.manifest.domain(domain).constraint)
 
     # Writing
 
     def start_domain(self, stage: DomainStage, base_loss: float) -> None:
-        """List a domain, or renew one that is to be replaced, with the rows that its later losses are measured on."""
+        """List a domain, or renew one that is being replaced, with the validation examples for all of its later losses.
+
+        Args:
+            base_loss: loss of the base model on these examples, in nats per answer token.
+        """
         packed, measured = pack_rows([*stage.rows, *stage.spare_rows]), len(stage.rows)
 
         def write() -> None:
@@ -211,8 +232,15 @@ class Ledger:
         record: RoundRecord,
         stack: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None,
     ) -> RoundRecord:
-        """Write a round; a kept one with the config and the tensors of its stack. Returns the record as stored."""
-        context = self.context_of(domain)[:-1]
+        """Record a round.
+
+        Args:
+            stack: config and tensors of the round's stack; None if it was not kept.
+
+        Returns:
+            The record as stored, with the stack's name.
+        """
+        context = self.context_of(domain)[:-1]  # without the round's own stack, which `Library.add_stack` appends
 
         def write() -> RoundRecord:
             if stack is None:
@@ -225,7 +253,7 @@ class Ledger:
         return on_main(write)
 
     def forget_columns(self, domain: str) -> None:
-        """Drop the columns that protect `domain` itself, and all that were fitted beyond them."""
+        """Drop the columns that protect `domain`, and those of other domains that were fitted orthogonal to them."""
 
         def write() -> None:
             if self.library.manifest.domain(domain).protection:
@@ -239,20 +267,27 @@ class Ledger:
         fitted: Mapping[str, tuple[dict[str, Tensor], list[str]]],
         constraint: ConstraintRecord | None,
     ) -> None:
-        """Write the columns fitted for other domains, each with the names of those that they were fitted beyond, and what
-        the union is worth."""
+        """Store the columns that were fitted for other domains, and the record of the union.
+
+        Args:
+            domain: the domain in training.
+            fitted: by protected domain, its columns (out, d) by module name, and the domains whose columns they are
+                orthogonal to.
+            constraint: the record of the union of all columns; None if there is nothing to protect.
+        """
 
         def write() -> None:
             for name, (columns, beyond) in fitted.items():
                 assert constraint is not None
                 energy, left = constraint.energies[name], constraint.capacity_left
                 self.library.write_protection(name, columns, energy, left, beyond)
+            # Last, because a resumed run takes this record as proof that all columns were stored.
             self.library.update_domain(domain, constraint=constraint)
 
         on_main(write)
 
     def record_samples(self, domain: str, round_number: int, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the sampled answers of a domain's round in the report."""
+        """Store the sampled answers of a domain's round for the report, in place of older ones."""
 
         def write() -> None:
             old = read_records(self.library, SAMPLES)
@@ -262,7 +297,7 @@ class Ledger:
         on_main(write)
 
     def record_forgetting(self, domain: str, row: Mapping[str, Any]) -> None:
-        """Replace the row of the forgetting matrix that was measured after `domain`."""
+        """Store the row of the forgetting matrix that was measured after `domain`, in place of an older one."""
 
         def write() -> None:
             rows = [old for old in read_records(self.library, FORGETTING) if old["after"] != domain]
@@ -271,7 +306,7 @@ class Ledger:
         on_main(write)
 
     def finish_domain(self, domain: str) -> DomainEntry:
-        """Close a domain and draw the report."""
+        """Mark a domain as finished, and draw the report."""
 
         def write() -> DomainEntry:
             entry = self.library.finish_domain(domain)

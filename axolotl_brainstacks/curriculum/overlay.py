@@ -1,4 +1,4 @@
-"""A domain's overlay: the ordinary Axolotl keys in its entry, laid over the base config."""
+"""Overlays: the ordinary Axolotl keys in the entry of a domain or an RL round, merged over the config above it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from axolotl_brainstacks.curriculum.rl_checks import check_settings, rl_title
 
 EVALUATION = ("eval_steps", "evals_per_epoch", "eval_strategy")
 SAVING = ("save_steps", "saves_per_epoch", "save_strategy")
-# Axolotl does not allow two of a group side by side.
+# Axolotl refuses a config with two keys of one group.
 _EXCLUSIVE = (EVALUATION, SAVING, ("val_set_size", "test_datasets"), ("max_steps", "num_epochs"))
 
-# The model, its tokenizer and precision, the adapter and the engine are set up once for all stages.
+# The model, its tokenizer and precision, the adapter and the engine's settings are fixed once, before the first round.
 _LOAD_TIME = {
     *("adapter", "base_model", "base_model_config", "brainstacks", "cls_model_config", "is_falcon_derived_model"),
     *("is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model", "model_type", "num_labels"),
@@ -39,7 +39,7 @@ _LOAD_TIME_PREFIXES = (
 
 
 def check_overlay(domain: DomainArgs) -> None:
-    """Raises ValueError for a key that Axolotl does not know (it would ignore it), or that cannot differ by domain."""
+    """Raises ValueError for a key that Axolotl does not know, and would ignore, or that cannot differ by domain."""
     if domain.overlay.get("rl"):
         raise ValueError(
             f"`rl` of domain `{domain.name}` is {domain.overlay['rl']!r}, but `rl` belongs into `rl_rounds:` of the domain that "
@@ -66,7 +66,15 @@ def _check_keys(overlay: dict[str, Any], where: str) -> None:
 
 
 def overlaid(raw: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """The base config under a domain's keys; a key also replaces those that Axolotl does not allow beside it."""
+    """Merge an overlay into a config.
+
+    Args:
+        raw: the config, as in the YAML; it is not changed.
+        overlay: the keys that replace its keys. A key also removes those that Axolotl refuses beside it (`_EXCLUSIVE`).
+
+    Returns:
+        The merged config. 5 % of the data are held out if it names no validation data.
+    """
     merged = copy.deepcopy(raw)
     for group in _EXCLUSIVE:
         if any(key in overlay for key in group):
@@ -79,14 +87,18 @@ def overlaid(raw: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def overlaid_rl(domain: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """A domain's complete config under the keys of one of its `rl_rounds:`.
+    """The complete config of an RL round.
 
-    Of the domain's data nothing stays but the share that is held out: its rows have another form. RL trainers pack no rows,
-    and need all columns.
+    The round inherits the domain's config without its datasets, whose examples have another form. Sample packing is off and
+    columns stay, because TRL's trainers cannot pack and read columns besides the tokens.
+
+    Args:
+        domain: the domain's complete config.
+        overlay: the keys of the entry in `rl_rounds:`.
     """
     defaults: dict[str, Any] = {"remove_unused_columns": False}
     if overlay["rl"] == "simpo":
-        defaults["simpo_gamma"] = 0.5  # TRL's default, for which Axolotl puts None
+        defaults["simpo_gamma"] = 0.5  # TRL's default; Axolotl passes None if the key is missing
     overlay = defaults | overlay
     own = {key: value for key, value in domain.items() if key not in ("datasets", "test_datasets")}
     return overlaid(own, overlay | {"sample_packing": False, "eval_sample_packing": False})

@@ -1,4 +1,4 @@
-"""What a run is going to do: the raw config and the `brainstacks:` block, checked before anything is loaded."""
+"""Validates the raw config and the `brainstacks:` block before anything is loaded, and makes the plan of a run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embeddi
 
 @dataclass(frozen=True)
 class Plan:
-    """A validated config. `raw` is the user's YAML before Axolotl saw it, with our defaults filled in.
+    """A validated config.
 
-    inference: the run answers instead of training. makes_router: it does so to make a router.
+    raw: the user's YAML before Axolotl changed it, with our defaults filled in.
+    block: the `brainstacks:` block.
+    inference: whether the run answers instead of training.
+    makes_router: whether it answers in order to fit a router.
     """
 
     raw: dict[str, Any]
@@ -37,13 +40,13 @@ class Plan:
 
     @classmethod
     def prepare(cls, cfg: DictDefault) -> Plan:
-        """Check what can be checked on the raw config, and turn `cfg` into one that Axolotl treats as (Q)LoRA.
+        """Check the raw config, and change `cfg` in place into one that Axolotl treats as (Q)LoRA.
 
-        Axolotl quantises, prepares for k-bit training and enables gradient checkpointing for its own adapter names
-        only.
+        Axolotl quantises a model, prepares it for k-bit training and enables gradient checkpointing only if `adapter` is
+        one of its own names, so `adapter: brainstacks` becomes `qlora` or `lora`.
 
         Raises:
-            ValueError: naming the key, its value, and the fix.
+            ValueError: naming the key, its value, and the remedy.
         """
         check_refused(cfg)
         if cfg.get("rl"):
@@ -85,12 +88,12 @@ class Plan:
         return cls(raw, block, library_path, bool(cfg.get("inference")))
 
     def library_from(self, folder: Path) -> str:
-        """The library's path as `adapter_config.json` in `folder` names it, so that both can be moved together."""
+        """The library's path relative to `folder`, so that an `adapter_config.json` there stays right if both are moved."""
         return str(self.library_path.resolve().relative_to(folder.resolve(), walk_up=True))
 
 
 def _plain(value: Any) -> Any:
-    """Deep copy with ordinary dicts: a DictDefault answers None for keys it does not have."""
+    """A deep copy with ordinary dicts, because a DictDefault returns None for a missing key instead of raising KeyError."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -105,7 +108,7 @@ def _fill_defaults(cfg: DictDefault) -> None:
         "lora_target_modules": None if cfg.get("lora_target_linear") else list(PROJECTIONS),
         "output_dir": "./model-out",
         "seed": 42,
-        # Frozen stacks are buffers, equal on all ranks: DDP would send them around before every forward.
+        # Frozen stacks are buffers and equal on all ranks. By default DDP would broadcast them before every forward.
         "ddp_broadcast_buffers": False,
         "save_total_limit": 2,
     }.items():
@@ -113,7 +116,7 @@ def _fill_defaults(cfg: DictDefault) -> None:
             cfg[key] = default
     for kernel in _KERNELS:
         if cfg.get(kernel):
-            LOG.warning("`%s` is switched off: the fused LoRA kernels know nothing of stacks", kernel)
+            LOG.warning("`%s` is switched off: Axolotl's fused LoRA kernels cannot compute stacks", kernel)
         cfg[kernel] = False
     if not any(cfg.get(key) for key in EVALUATION):
         cfg["eval_steps"] = 0.1

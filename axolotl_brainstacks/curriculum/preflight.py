@@ -1,4 +1,4 @@
-"""What is looked at before the base model is loaded: the library, every domain's data, and whether all nodes agree."""
+"""Checks the library and every domain's data before the base model is loaded, and that all nodes see the same ones."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ LOG = get_logger(__name__)
 
 @dataclass(frozen=True)
 class LibraryState:
-    """The library of a plan as all nodes saw it. Raises ValueError where it has changed since."""
+    """The state of a plan's library at the start of a run.
+
+    path: its folder.
+    seen: a short text that changes with its manifest.
+    """
 
     path: Path
     seen: str
 
     @classmethod
     def same_for_all(cls, plan: Plan) -> LibraryState:
-        """Raises ValueError on every rank unless all of them see the same library, and the one that is pinned."""
+        """Read the library's state. Every rank has to call this.
+
+        Raises:
+            ValueError: on every rank, if ranks see different libraries, or `library_sha256` pins another one.
+        """
         if plan.block.library_sha256:
             Library.open(plan.library_path, plan.block.library_sha256)
         state = cls(plan.library_path, _state_of(plan.library_path))
@@ -47,7 +55,7 @@ class LibraryState:
         return state
 
     def check_unchanged(self) -> None:
-        """Raises ValueError if the library is not what was seen. To be called under its lock."""
+        """Raises ValueError if the library has changed since. To be called while holding its lock."""
         if _state_of(self.path) != self.seen:
             raise ValueError(
                 f"The library {self.path} has been changed since this run read it: run the same command again"
@@ -56,9 +64,11 @@ class LibraryState:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A plan whose library and data have been looked at, so that only the base model is still to be loaded.
+    """A plan whose library and data have been checked, so that only the base model remains to be loaded.
 
-    stages: the domains still to be trained, with their data. output_shared: all nodes see one `output_dir`.
+    library: the library's state when it was checked.
+    stages: the domains still to be trained, with their data.
+    output_shared: whether all nodes see the same `output_dir`.
     """
 
     plan: Plan
@@ -68,14 +78,14 @@ class TrainingRun:
 
     @classmethod
     def prepare(cls, plan: Plan, preprocess: bool = False) -> TrainingRun:
-        """Check the library, load every stage's data, and print what the run is going to do.
+        """Check the library, load the data of all domains that remain, and print what the run will do.
 
         Args:
-            preprocess: print a whole table, not only its summary.
+            preprocess: the run is `axolotl preprocess`: print a table besides the summary.
 
         Raises:
-            ValueError: if any domain's config or data is unusable, or nodes do not have the same library or data.
-            SystemExit: with status 0 when the library holds all domains already.
+            ValueError: if the config or the data of a domain is unusable, or nodes see different libraries or data.
+            SystemExit: with status 0 if the library holds all domains already.
         """
         init_distributed_state()
         on_main(lambda: check_library(plan))
@@ -83,11 +93,12 @@ class TrainingRun:
         done = done_domains(plan)
         todo = [domain for domain in plan.block.curriculum if domain.name not in done]
         if not todo:
-            # A run may have been killed when nothing but this was left to do.
+            # An earlier run may have been killed after its last domain, before it removed its checkpoints.
             on_each_node(lambda: remove_leftovers(plan))
             names = ", ".join(domain.name for domain in plan.block.curriculum)
             print(f"Brainstacks: nothing to do, {plan.library_path} holds all domains already: {names}")
             raise SystemExit(0)
+        # All data is loaded before anything trains, so that the last domain's mistakes do not show after days.
         stages = load_domains(plan.raw, todo, plan.block, with_rl=True, training=not preprocess)
         for stage in stages:
             check_same(f"The data of domain `{stage.name}`", stage.all_data, "give all nodes the same files")
@@ -98,20 +109,23 @@ class TrainingRun:
 
     @property
     def first_datasets(self) -> TrainDatasetMeta:
-        """The data of the first domain to be trained, in the form that Axolotl expects of its own datasets."""
+        """The data of the first domain, in the form of Axolotl's own; Axolotl asks a plugin for one dataset to train on."""
         from axolotl.common.datasets import TrainDatasetMeta
 
         first = self.stages[0]
         return TrainDatasetMeta(first.train_dataset, first.eval_dataset, first.total_steps)
 
     def training_args(self, cfg: DictDefault) -> dict[str, Any]:
-        """What Axolotl's builders do not pass on to a stage's trainer by themselves."""
+        """Training arguments of a round's trainer that Axolotl's builders leave out.
+
+        Its builder for RL trainers does not pass `deepspeed:` on.
+        """
         engine = {"deepspeed": cfg.deepspeed} if cfg.rl and cfg.deepspeed else {}
         return engine | {"save_on_each_node": not self.output_shared}
 
 
 def remove_leftovers(plan: Plan) -> None:
-    """Remove what rounds of the plan's domains left in `output_dir`; another run's may be beside it."""
+    """Remove the folders of the plan's rounds from `output_dir`; those of other runs stay."""
     stages = Path(plan.raw["output_dir"]) / "stages"
     for domain in plan.block.curriculum:
         for folder in stages.glob(f"{domain.name}-*"):
@@ -121,12 +135,12 @@ def remove_leftovers(plan: Plan) -> None:
 
 
 def check_library(plan: Plan) -> None:
-    """Raises ValueError if the plan's library is damaged, cannot be written, or is not the one that is pinned."""
+    """Raises ValueError if the plan's library is damaged, cannot be written, or is not the one that `library_sha256` pins."""
     if plan.block.library_sha256:
         Library.open(plan.library_path, plan.block.library_sha256)
     if not Library.exists(plan.library_path):
         return Library.check_new(plan.library_path)
-    # In this order: entering removes what a killed writer left behind, which is no damage.
+    # `writing` first moves aside what a killed writer left, so that `damage` does not report it.
     try:
         with Library.open(plan.library_path).writing() as library:
             problems = library.damage()
@@ -143,7 +157,7 @@ def check_library(plan: Plan) -> None:
 
 
 def done_domains(plan: Plan) -> set[str]:
-    """The domains that the plan's library holds already. Raises ValueError where plan and library do not go together."""
+    """The finished domains in the plan's library. Raises ValueError if the plan does not fit the library."""
     if not Library.exists(plan.library_path):
         plan.block.check_names([])
         return set()
@@ -162,7 +176,10 @@ def done_domains(plan: Plan) -> set[str]:
 
 
 def _check_rl_rounds(plan: Plan, manifest: Manifest) -> None:
-    """Raises ValueError when the RL rounds that a half-trained domain has behind it are others than the YAML's."""
+    """Raises ValueError if an unfinished domain has already trained RL rounds that differ from those in the YAML.
+
+    Logs a warning for RL rounds that the YAML adds to a finished domain, because they are not trained.
+    """
     entries = {entry.name: entry for entry in manifest.domains}
     for domain in plan.block.curriculum:
         if domain.name not in entries:
@@ -184,6 +201,7 @@ def _check_rl_rounds(plan: Plan, manifest: Manifest) -> None:
 
 
 def _state_of(library: Path) -> str:
+    """A short text for errors that is the same for the same manifest."""
     if not Library.exists(library):
         return "nothing there"
     return f"manifest {record_of(Manifest.read_bytes(library)).sha256[:12]}"

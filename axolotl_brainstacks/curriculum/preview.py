@@ -1,4 +1,4 @@
-"""What a run is going to do and to take, printed before anything costs: rows, steps, stacks, disk and memory."""
+"""Prints before training what a run will do and need: examples, steps, stacks, disk and memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,16 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class DomainPreview:
-    """What is going to happen to a domain. Of one that is done, only its stacks count. None: not known before it runs.
+    """What a run will do with one domain. If it is `done`, only the first four fields are set.
 
-    protected: whether the library holds columns that protect it.
+    stacks: stacks of the domain in the library at the end, at most.
+    protected: whether the library already has columns that protect it.
+    rounds, rl_rounds: the most supervised rounds, and the kinds of its RL rounds.
+    dropped_rows: examples of `datasets:` that Axolotl dropped; None if that is not known.
+    kept_rows: validation examples that the library keeps.
+    steps: steps of one supervised round.
+    rl_steps: steps of each RL round; None if they are only known once it runs.
+    directions, samples: the domain's `null_space` settings.
     """
 
     name: str
@@ -53,16 +60,19 @@ class DomainPreview:
 
     @property
     def total_steps(self) -> int:
-        """At most, where an RL round's steps are known."""
+        """The most steps of all rounds, without RL rounds whose steps are not known."""
         return self.steps * self.rounds + sum(steps or 0 for steps in self.rl_steps)
 
 
 @dataclass(frozen=True)
 class Preview:
-    """The whole run.
+    """What a run will do with all domains.
 
-    others: stacks of the library that are of none of these domains. unprotected: how many of their domains have no columns
-    that protect them. columns: those that the library holds now.
+    others: the number of stacks in the library that belong to other domains.
+    unprotected: how many of these other domains have no columns that protect them yet.
+    columns: protecting columns per projection that the library has now.
+    validation_bytes: size of the validation examples that the run adds.
+    offloaded: whether frozen stacks stay in CPU memory.
     """
 
     domains: list[DomainPreview]
@@ -75,7 +85,7 @@ class Preview:
 
     @property
     def stacks(self) -> int:
-        """In the library when all is done, at most."""
+        """The most stacks in the library at the end."""
         return self.others + sum(domain.stacks for domain in self.domains)
 
     @property
@@ -84,11 +94,15 @@ class Preview:
 
     @property
     def all_columns(self) -> int:
-        """Protected directions per projection at the end, at most."""
+        """The most protected directions per projection at the end."""
         return self.columns + sum(self._fitted())
 
     def _fitted(self) -> list[int]:
-        """Directions of every null space still to be fitted: one for each domain, once another domain trains after it."""
+        """The number of columns of every fit to come.
+
+        A domain's columns are fitted when the first other domain trains after it with `null_space.directions` above 0, so
+        the last domain of a run has none.
+        """
         waiting, fitted = [0] * self.unprotected, []
         for domain in self.domains:
             if domain.directions and not domain.done:
@@ -98,27 +112,26 @@ class Preview:
         return fitted
 
     def library_bytes(self, sizes: Sizes) -> int:
-        """On disk, at most and without the router: stacks, null spaces, validation rows."""
+        """The most bytes on disk of stacks, null-space columns and validation examples; the router comes on top."""
         bases = sum(sizes.null_space(directions) for directions in self._fitted()) + sizes.null_space(self.columns)
         return self.stacks * sizes.stack_file + bases + self.validation_bytes
 
     def notes(self) -> Iterator[str]:
-        """Domains that keep fewer rows than the null space of the domain after them asks for."""
+        """Yield a note for each domain that keeps fewer validation examples than fitting its columns asks for."""
         for domain, after in pairwise(self.domains):
             if after.directions and not domain.done and domain.kept_rows < after.samples:
                 yield (
-                    f"{domain.name} has {domain.kept_rows} validation rows, and the null space that protects it asks for "
+                    f"{domain.name} has {domain.kept_rows} validation examples, and fitting the columns that protect it asks for "
                     f"{after.samples}: raise val_set_size or name more in test_datasets, or lower "
                     "brainstacks.null_space.samples"
                 )
 
     def table(self) -> Table:
+        """A table with one line per domain."""
         table = Table(title="Plan: at most what is below, less where a round ends early or does not help")
         table.add_column("domain")
-        for column in (
-            "training rows", "dropped", "validation rows (kept)", "steps a round", "rounds", "RL rounds",
-            "tokens a step", "stacks",
-        ):  # fmt: skip
+        data = ("training examples", "dropped", "validation examples (kept)")
+        for column in (*data, "steps a round", "rounds", "RL rounds", "tokens a step", "stacks"):
             table.add_column(column, justify="right")
         for domain in self.domains:
             if domain.done:
@@ -142,7 +155,7 @@ class Preview:
         return table
 
     def summary(self) -> list[str]:
-        """One line a fact, for the whole run."""
+        """Lines about the whole run: what it trains, and how much disk and memory it needs."""
         unknown = any(steps is None for domain in self.domains for steps in domain.rl_steps)
         todo = [domain.name for domain in self.domains if not domain.done]
         others = f", {self.others} of other domains among them" if self.others else ""
@@ -167,10 +180,10 @@ class Preview:
 
 
 def print_plan(plan: Plan, todo: Sequence[DomainStage], whole: bool) -> None:
-    """Print what training the loaded stages `todo` will be.
+    """Print what training the domains `todo` will do and need.
 
     Args:
-        whole: with a table, which also counts the rows that were dropped; else a few lines.
+        whole: print a table too, which also counts the examples that Axolotl dropped.
     """
     made = preview(plan, todo, whole)
     console = Console()
@@ -183,7 +196,11 @@ def print_plan(plan: Plan, todo: Sequence[DomainStage], whole: bool) -> None:
 
 
 def preview(plan: Plan, todo: Sequence[DomainStage], count_raw: bool) -> Preview:
-    """What training the stages `todo` will be; `count_raw` also opens the raw datasets, to tell how many rows were dropped."""
+    """Compute what training the domains `todo` will do and need.
+
+    Args:
+        count_raw: open the raw datasets too, to count the examples that Axolotl dropped.
+    """
     manifest = Library.open(plan.library_path).manifest if Library.exists(plan.library_path) else None
     entries = manifest.domains if manifest else []
     protected = [entry.name for entry in entries if entry.protection]
@@ -209,7 +226,7 @@ def preview(plan: Plan, todo: Sequence[DomainStage], count_raw: bool) -> Preview
 def _sizes(plan: Plan, cfg: DictDefault) -> Sizes | None:
     try:
         return Sizes.of(plan, cfg)
-    except Exception as error:  # a model of foreign code may fail anyhow without memory, and trains well with it
+    except Exception as error:  # a model with remote code may fail in any way on the meta device, and still train well
         LOG.warning("The sizes of stacks are not known before the base model is loaded: %s", error)
         return None
 
@@ -245,15 +262,16 @@ def _steps(stage: DomainStage) -> int:
         return int(stage.cfg.max_steps)
     if stage.total_steps is not None and stage.total_steps >= 0:
         return stage.total_steps
-    return int(calculate_total_num_steps(stage.cfg, stage.train_dataset, update=False))  # `preprocess` leaves it out
+    # `axolotl preprocess` loads the data without computing the steps.
+    return int(calculate_total_num_steps(stage.cfg, stage.train_dataset, update=False))
 
 
 def _raw_rows(cfg: DictDefault) -> int | None:
-    """Rows of `datasets:` before Axolotl drops any; None where they are gone, and only the prepared ones are left."""
+    """The number of examples in `datasets:` before Axolotl drops any; None if only its prepared copy is still there."""
     try:
         return sum(_raw_count(dataset, cfg) for dataset in datasets_with_name_generator(cfg.datasets))
     except (OSError, ValueError, DatasetsError) as error:
-        LOG.info("Rows that were dropped are not counted: %s", error)
+        LOG.info("Dropped examples are not counted, because the raw data cannot be read: %s", error)
         return None
 
 
@@ -268,7 +286,7 @@ def _raw_count(dataset: DictDefault, cfg: DictDefault) -> int:
 
 
 def size(count: int) -> str:
-    """`count` bytes in decimal units."""
+    """A number of bytes as text, in decimal units."""
     for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= one:
             return f"{count / one:.3g} {unit}" if count < 1000 * one else f"{count / one:,.0f} {unit}"

@@ -1,7 +1,8 @@
-"""Keeps a domain in training out of the directions of all others (arXiv 2604.01152, null space).
+"""Keeps a domain in training out of the output directions of all others (arXiv 2604.01152, null space).
 
-Every finished domain has columns of its own in the library, fitted on its own validation rows when the first other domain
-needs them. A domain trains against the union of all others' columns, so that removing one takes nothing from the rest.
+The library has separate columns for each finished domain, fitted on that domain's own validation examples when another
+domain first needs them. A domain trains against the union of the others' columns. Because the columns are separate,
+removing a domain does not weaken the protection of the rest.
 """
 
 from __future__ import annotations
@@ -36,20 +37,22 @@ from axolotl_brainstacks.library.manifest import ConstraintRecord
 LOG = get_logger(__name__)
 
 Columns = dict[str, Tensor]
-# What entries of V^T V may differ by from the identity's: rounding to fp32 is a thousand times smaller.
+# The most by which an entry of V^T V may differ from the identity's; rounding to fp32 changes it a thousand times less.
 _ORTHONORMAL = 1e-3
 
 
 def keep_out_of_others(session: Session, domain: str, rules: NullSpaceArgs, batch_size: int) -> Columns:
-    """Constrain the stack in training to what the other domains leave, before each of `domain`'s rounds.
+    """Constrain the stack in training to output directions that the other domains do not use.
 
-    Fits the columns of domains that have none, and records what the union of all is worth. Every rank has to call it.
+    Each round of `domain` calls this before its first step, on every rank. It fits the columns of domains that have none,
+    and records how much of the others' output energy the union of all columns holds.
 
     Args:
-        batch_size: rows a forward.
+        rules: the `null_space` settings of `domain`.
+        batch_size: examples per forward.
 
     Returns:
-        The union's columns (out, d) by module name; empty when nothing is protected.
+        The union's orthonormal columns (out, d) by module name; empty if nothing is protected.
 
     Raises:
         ValueError: if a projection has no direction left for `domain`.
@@ -57,25 +60,26 @@ def keep_out_of_others(session: Session, domain: str, rules: NullSpaceArgs, batc
     if not rules.directions:
         session.tuner.set_null_space(ADAPTER_NAME, {})
         return {}
-    # Fitted beyond the domain's own columns, the others' would not hold what they share with it.
+    # Columns of other domains that were fitted orthogonal to this domain's columns lack the directions that they share with
+    # it. While this domain trains, its own columns do not constrain it, so the others' have to be fitted without them.
     session.ledger.forget_columns(domain)
     others, constraint = session.ledger.others(domain), session.ledger.constraint(domain)
     recorded = constraint.protects if constraint else []
     if any(other.columns is None for other in others) or recorded != _names(others):
         _fit_and_record(session, domain, others, rules, batch_size)
         others = session.ledger.others(domain)
-    # What was fitted is read back, so that all ranks and all rounds have the same to the last bit.
+    # `others` was read back from the library, so all ranks and all rounds project with the same bits.
     union = merge_columns(other.columns for other in others if other.columns)
     session.tuner.set_null_space(ADAPTER_NAME, union)
     return union
 
 
 def check_columns(library: Library, tuner: StackTuner) -> None:
-    """Read all columns that protect a domain, before anything trains against them.
+    """Check all protecting columns in the library before anything trains against them.
 
     Raises:
-        ValueError: for columns of a projection that carries no stack, of another size than its output, or that are not
-            orthonormal, those of earlier domains included: what is projected out would then be something else.
+        ValueError: for columns of a module that carries no stack, of another length than its output, or that are not
+            orthonormal together with those of earlier domains: B - V V^T B is a projection only if they are.
     """
     outputs = {layer.module_name: layer.out_features for layer in tuner.brainstacks_layers()}
     held: Columns = {}
@@ -91,22 +95,33 @@ def check_columns(library: Library, tuner: StackTuner) -> None:
 
 
 def _column_problem(basis: Tensor, held: Tensor, outputs: int | None) -> str | None:
-    """What is wrong with a domain's columns of one projection; `held` are those of earlier domains."""
+    """What is wrong with a domain's columns of one projection, or None.
+
+    Args:
+        basis: the domain's columns (out, d).
+        held: the columns (out, d') of earlier domains.
+        outputs: the projection's output size; None if it carries no stack.
+    """
     if outputs is None:
         return "belong to no projection of this model that a stack is on"
     if len(basis) != outputs:
         return f"have {len(basis)} entries, but its output has {outputs}"
-    union = torch.cat([held, basis], dim=1).double()
+    union = torch.cat([held, basis], dim=1).double()  # (out, d' + d)
     if union.shape[1] > outputs:
         return f"and those of earlier domains are {union.shape[1]}, more than its {outputs} outputs"
-    gram = union.T @ union
+    gram = union.T @ union  # (d' + d, d' + d); the identity if the columns are orthonormal
     if not torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), rtol=0, atol=_ORTHONORMAL):
         return "are not orthonormal, or overlap with those of earlier domains"
     return None
 
 
 def largest_leakage(columns: Columns, tensors: dict[str, Any]) -> float:
-    """Largest share of any projection's B that lies in `columns`; about 1e-7 after folding in fp32."""
+    """The largest share of the norm of any B that lies in the protected columns; about 1e-7 after projecting in fp32.
+
+    Args:
+        columns: (out, d) by module name.
+        tensors: the stack's tensors by key.
+    """
     keys = {module: f"{PREFIX}{module}.brainstacks_B.weight" for module in columns}
     shares = [leakage(tensors[keys[module]], basis) for module, basis in columns.items() if keys[module] in tensors]
     return max(shares, default=0.0)
@@ -119,7 +134,11 @@ def _names(others: Sequence[Protected]) -> list[str]:
 def _fit_and_record(
     session: Session, domain: str, others: Sequence[Protected], rules: NullSpaceArgs, batch_size: int
 ) -> None:
-    """Nothing is kept of it if a projection has no direction left."""
+    """Fit the columns that are missing, and record them together with the union's figures.
+
+    An error during the fit, as when a projection has no direction left, leaves the library unchanged.
+    """
+    # Domains with columns are only measured for the record; together they get about as many examples as one fit.
     share = -(-rules.samples // max(len(others), 1))
     moments = {}
     for other in others:
@@ -141,8 +160,11 @@ def _fit_and_record(
 
 
 def _own_rules(session: Session, protected: str, rules: NullSpaceArgs) -> NullSpaceArgs:
-    """By which a domain is protected: its own where the YAML names it and they ask for columns, else those of the domain in
-    training."""
+    """The settings that the columns of `protected` are fitted with.
+
+    They are its own if the YAML names the domain and its `directions` are above 0, else `rules`, those of the domain in
+    training.
+    """
     block = session.ledger.plan.block
     named = protected in [domain.name for domain in block.curriculum]
     own = block.settings_of(protected).null_space if named else rules
@@ -152,11 +174,13 @@ def _own_rules(session: Session, protected: str, rules: NullSpaceArgs) -> NullSp
 def _worth(
     session: Session, others: Sequence[Protected], moments: dict[str, Moments], union: Columns
 ) -> ConstraintRecord | None:
+    """The record of the union of columns; None if there is no other domain."""
     if not others:
         return None
     left = capacity(session.tuner, union)
     energies = {name: energy_within(session.tuner, its, union) for name, its in moments.items()}
-    # The energy of a domain without rows is in other units: it counts only where there is nothing else.
+    # Without examples, as in an imported domain, the energy comes from the weights alone, in other units. It counts only if
+    # no domain has examples.
     measured = [energies[other.name] for other in others if other.rows] or list(energies.values())
     captured, total = sum(energy.captured for energy in measured), sum(energy.total for energy in measured)
     by_kind: dict[str, float] = {}
@@ -176,12 +200,14 @@ def _worth(
 
 
 def _log(domain: str, record: ConstraintRecord, rules: NullSpaceArgs) -> None:
+    left = 100 * record.capacity_left
     LOG.info(
         "Null space for %s: %.1f %% of the output energy of %s is protected; %.0f %% of the space is left in the tightest "
-        "projection, %s", domain, 100 * record.energy, ", ".join(record.protects), 100 * record.capacity_left, record.tightest
-    )  # fmt: skip
+        "projection, %s",
+        *(domain, 100 * record.energy, ", ".join(record.protects), left, record.tightest),
+    )
     if record.capacity_left < rules.min_capacity:
         LOG.warning(
             "Only %.0f %% of %s is left for new domains; consider fewer `brainstacks.null_space.directions`",
-            100 * record.capacity_left, record.tightest,
-        )  # fmt: skip
+            *(left, record.tightest),
+        )

@@ -1,6 +1,6 @@
-"""Reward functions of an RL round: loaded and tried on two rows before anything is computed, and watched while it trains.
+"""Loads the reward functions of an RL round, tries them on two examples before training, and checks what they return in it.
 
-`where` in the errors is the round, e.g. "rl_rounds[0] of domain `math`".
+The argument `where` is the round's name in errors, e.g. "rl_rounds[0] of domain `math`".
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ _LARGEST = 3.4028234663852886e38  # TRL keeps rewards in float32
 
 
 def load_reward_funcs(names: Sequence[str], where: str) -> list[RewardFunc]:
-    """The functions that `trl.reward_funcs` names, as Axolotl finds them; modules in the working directory are found too.
+    """Import the functions that `trl.reward_funcs` names, as Axolotl does, also from the working directory.
 
-    Raises ValueError for a name that is no importable function, or a function that TRL could not call.
+    Raises:
+        ValueError: if a name is not that of an importable function, or TRL could not call the function.
     """
     if isinstance(names, str) or not names:
         raise ValueError(
             f"`trl.reward_funcs` of {where} is {names!r}; it must list functions, e.g. "
             "[axolotl_brainstacks.rewards.numeric_answer]"
         )
-    # As for `python -m axolotl.cli.train`; commands that are scripts lack it.
+    # `python -m axolotl.cli.train` has the working directory on its path; installed commands do not.
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))
     return [_load(name, where) for name in names]
@@ -93,19 +94,21 @@ def _check_signature(func: RewardFunc, passed: Mapping[str, Any], said: str) -> 
 
 
 def check_rewards(funcs: Sequence[RewardFunc], rows: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Call each function on the first two rows as TRL would, each with an empty and with a short completion.
+    """Call each function on the first two examples as TRL would, on each with an empty and with a short completion.
 
     Args:
-        rows: prepared rows of the round, with a column `prompt`; a data set will do.
+        rows: the round's prepared examples, with a column `prompt`, as a list or a dataset.
 
-    Raises ValueError when a function raises, lacks a column, or returns anything but one finite number or None for each.
+    Raises:
+        ValueError: if a function raises, needs a column that is missing, or does not return one finite number or None for
+            each completion.
     """
     if not len(rows):
-        raise ValueError(f"the data of {where} are empty: `datasets` needs rows with a `prompt`")
+        raise ValueError(f"the data of {where} are empty: `datasets` needs examples with a `prompt`")
     tried = [dict(rows[index]) for index in range(min(2, len(rows))) for _ in _TRIED]
     if any("prompt" not in row for row in tried):
         raise ValueError(
-            f"the rows of {where} have no column `prompt`, only {_quoted(tried[0])}: set `type: "
+            f"the examples of {where} have no column `prompt`, only {_quoted(tried[0])}: set `type: "
             "axolotl_brainstacks.question_answer` in `datasets`, or a transform of your own that makes one"
         )
     texts = [_TRIED[index % len(_TRIED)] for index in range(len(tried))]
@@ -126,7 +129,7 @@ def check_rewards(funcs: Sequence[RewardFunc], rows: Sequence[Mapping[str, Any]]
             rewards = asyncio.run(func(**given)) if _is_async(func) else func(**given)
         except Exception as error:
             raise ValueError(
-                f"{said} fails on the first rows of the data ({type(error).__name__}: {error}); their columns are "
+                f"{said} fails on the first examples of the data ({type(error).__name__}: {error}); their columns are "
                 f"{_quoted(tried[0])}: correct the function or the data"
             ) from error
         bad: list[str] = []
@@ -144,16 +147,18 @@ def _check_columns(func: RewardFunc, passed: Mapping[str, Any], said: str) -> No
         )
         if name not in passed and not optional:
             raise ValueError(
-                f"{said} needs the column `{name}`, but the rows have {_quoted(passed, without=_PASSED)}: add the field "
+                f"{said} needs the column `{name}`, but the examples have {_quoted(passed, without=_PASSED)}: add the field "
                 f"`{name}` to the data of `datasets`, or take the function out"
             )
 
 
 def checked(func: RewardFunc, on_bad: Callable[[str], None]) -> RewardFunc:
-    """`func` for training: what is no finite float32 becomes None, which TRL leaves out, and `on_bad` is told.
+    """Wrap a reward function for training, so that a reward that is not finite cannot spoil the weights.
 
-    TRL itself takes NaN for None, but lets infinity through: it makes the whole group's advantages NaN or infinite.
-    Name, signature and being a coroutine function stay. The result raises ValueError for a wrong number of rewards.
+    TRL treats NaN as a missing reward, but lets infinity through, which makes the advantages of the whole group NaN or
+    infinite. The wrapper returns None, which TRL leaves out, for a reward that is not a finite float32, and calls `on_bad`
+    with a description. The wrapper keeps the function's name and signature, and is a coroutine function if the function is.
+    It raises ValueError for a wrong number of rewards.
     """
     said = f"the reward function `{_name(func)}`"
 
@@ -182,7 +187,7 @@ def _like(func: RewardFunc) -> Callable[[RewardFunc], RewardFunc]:
 
 
 def _checked_values(rewards: Any, count: int, said: str, on_bad: Callable[[str], None]) -> list[float | None]:
-    """`rewards` as floats and None. Raises ValueError when they are no list of `count` numbers."""
+    """`rewards` as floats and None. Raises ValueError unless they are a sequence of `count` numbers or None."""
     if isinstance(rewards, str | bytes | Mapping) or not hasattr(rewards, "__iter__"):
         raise ValueError(f"{said} returned a {type(rewards).__name__}; return a list with one number per completion")
     values = list(rewards)
@@ -211,14 +216,14 @@ def _checked_value(value: Any, said: str, on_bad: Callable[[str], None]) -> floa
 
 
 def _name(func: RewardFunc) -> str:
-    """As TRL logs it."""
+    """The function's name, as TRL logs it."""
     while isinstance(func, functools.partial):
         func = func.func
     return getattr(func, "__name__", type(func).__name__)
 
 
 def _is_async(func: RewardFunc) -> bool:
-    """As TRL decides it."""
+    """Whether TRL would await the function."""
     while isinstance(func, functools.partial):
         func = func.func
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)

@@ -1,4 +1,4 @@
-"""What would go wrong late in an RL round, found in its keys and in the first rows of its data."""
+"""Finds mistakes in an RL round's keys and columns that would only show when the round trains, hours later."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from datasets import Dataset
 
 from axolotl_brainstacks.args import RLRoundArgs
 
-ONLINE = ("grpo", "gdpo")  # answers are generated while training, and rewarded
+# Online methods generate completions while training, and score them with reward functions.
+ONLINE = ("grpo", "gdpo")
 
-# Under `trl:` of an RL round.
+# Keys below `trl:` of an RL round, each with the reason.
 REFUSED_TRL = {
     "use_vllm": "vLLM cannot compute the stack in training; leave it out, and Transformers generates the answers",
     "async_prefetch": "it needs vLLM, which cannot compute the stack in training",
@@ -21,7 +22,7 @@ REFUSED_TRL = {
     "reward_processing_classes": "reward models are not supported; name functions in `trl.reward_funcs`",
 }
 _PAIRS = "a prompt with a chosen and a rejected answer"
-# What a row holds, in words, and the columns of rows that Axolotl has prepared.
+# What an example consists of, in words, and the columns that it has once Axolotl has prepared it.
 FORMS = {
     **dict.fromkeys(("dpo", "ipo", "simpo", "orpo"), (_PAIRS, {"prompt", "chosen", "rejected"})),
     "kto": ("a prompt with a completion and a label", {"prompt", "completion", "label"}),
@@ -30,12 +31,12 @@ FORMS = {
 
 
 def rl_title(domain: str, number: int) -> str:
-    """What errors call an RL round; `number` counts from 0, as in the YAML's list."""
+    """The name of an RL round in errors; `number` counts from 0, as in the YAML's list."""
     return f"rl_rounds[{number}] of domain `{domain}`"
 
 
 def check_settings(entry: RLRoundArgs, where: str) -> None:
-    """Raises ValueError for a key of the entry's `brainstacks:` that says nothing about a single round."""
+    """Raises ValueError for a key of the entry's `brainstacks:` that has no effect on a single round."""
     given = entry.brainstacks.model_fields_set
     boosting = entry.brainstacks.boosting.model_fields_set if entry.brainstacks.boosting else set()
     unused = sorted([*given & {"samples"}, *(f"boosting.{key}" for key in boosting & {"max_rounds", "min_loss_delta"})])
@@ -47,19 +48,20 @@ def check_settings(entry: RLRoundArgs, where: str) -> None:
 
 
 def check_rl(keys: dict[str, Any], where: str) -> None:
-    """Raises ValueError for an RL round that lacks data of its own, or asks for what cannot be had.
+    """Raises ValueError if an RL round lacks datasets or reward functions of its own, or asks for unsupported settings.
 
     Args:
         keys: its complete config.
+        where: its name in errors.
     """
     rl = keys["rl"]
     if not keys.get("datasets"):
         raise ValueError(
-            f"`datasets:` is missing in {where}; give it rows of the form that `rl: {rl}` learns from ({FORMS[rl][0]})"
+            f"`datasets:` is missing in {where}; give it examples of the form that `rl: {rl}` learns from ({FORMS[rl][0]})"
         )
     if rl == "kto" and int(keys.get("micro_batch_size") or 1) < 2:
         raise ValueError(
-            f"`micro_batch_size` of {where} is {keys.get('micro_batch_size') or 1}; KTO compares the rows of a batch and "
+            f"`micro_batch_size` of {where} is {keys.get('micro_batch_size') or 1}; KTO compares the examples of a batch and "
             "needs 2 at least: set it in the entry"
         )
     if rl not in ONLINE:
@@ -87,18 +89,23 @@ def check_rl(keys: dict[str, Any], where: str) -> None:
 
 
 def check_rows(dataset: Dataset, rl: str, where: str) -> None:
-    """Raises ValueError when prepared rows lack a column that the trainer of `rl` reads."""
+    """Raises ValueError if the prepared examples lack a column that the trainer of `rl` reads."""
     form, columns = FORMS[rl]
     if missing := sorted(columns - set(dataset.column_names)):
         raise ValueError(
-            f"The rows of `datasets:` of {where} have no `{missing[0]}`, and `rl: {rl}` learns from {form}; choose a `type:` "
-            f"that makes it (the rows have {', '.join(dataset.column_names)})"
+            f"The examples of `datasets:` of {where} have no `{missing[0]}`, and `rl: {rl}` learns from {form}; choose a `type:` "
+            f"that makes it (the examples have {', '.join(dataset.column_names)})"
         )
 
 
 def check_generations(cfg: DictDefault, processes: int, where: str) -> None:
-    """Raises ValueError when the answers to one held-out prompt do not fit whole into a batch; Axolotl itself looks at
-    training alone."""
+    """Raises ValueError if an evaluation batch cannot hold all completions of a prompt.
+
+    TRL needs the global batch to be a multiple of `num_generations`. Axolotl checks this for training only.
+
+    Args:
+        processes: the number of ranks.
+    """
     generations = int((cfg.trl or {}).get("num_generations") or 8)
     size = cfg.eval_batch_size or cfg.micro_batch_size
     if (size * processes) % generations:

@@ -1,4 +1,4 @@
-"""One round: train a fresh stack on top of what is frozen, keep its best weights, freeze it if it helped."""
+"""One round: train a fresh stack on top of the frozen ones, restore its best weights, freeze the stack if it helped."""
 
 from __future__ import annotations
 
@@ -40,9 +40,16 @@ LOG = get_logger(__name__)
 
 
 class Round(TrainerCallback):
-    """One round of a domain: trains a stack on what `stage` holds, the domain's supervised data or an RL round's.
+    """One round of a domain. It trains one stack on the data of `stage`: the domain's supervised data, or an RL round's.
 
-    As a callback it measures and fits before the first step, once the engine stands.
+    It is a callback of its own trainer, because measuring losses and fitting columns before the first step needs the
+    trainer's engine, which the Trainer builds only inside `train`.
+
+    Args:
+        session: what all rounds of the run share.
+        domain: the domain, with its validation examples.
+        stage: the data and config of this round.
+        earlier: the records of the domain's rounds so far.
     """
 
     def __init__(self, session: Session, domain: DomainStage, stage: Stage, earlier: Sequence[RoundRecord]) -> None:
@@ -55,9 +62,10 @@ class Round(TrainerCallback):
 
     @contextmanager
     def trained(self) -> Iterator[RoundRecord]:
-        """Train, judge and record this round, or resume it from its last complete checkpoint.
+        """Train, judge and record this round, from its start or from its last complete checkpoint; yield its record.
 
-        While inside, the round's engine still stands, so that losses can be measured; afterwards nothing is left of it.
+        The engine exists until the block ends, so that the block can measure losses. After that the engine and the round's
+        checkpoints are gone.
         """
         self.session.interruption.leave_if_received()
         cfg = self._config()
@@ -67,7 +75,7 @@ class Round(TrainerCallback):
             guard = self._guard()
             trainer = self.trainer = self._trainer(cfg, guard)
             checkpoint = self.checkpoint = last_complete_checkpoint(Path(cfg.output_dir), guard.fingerprint)
-            # The guard has to know where the round starts; a resumed one's guard remembers.
+            # The guard needs the objective before the first step. On resuming, its state file has it.
             trainer.args.eval_on_start = checkpoint is None
             if checkpoint is not None:
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
@@ -81,6 +89,8 @@ class Round(TrainerCallback):
             guard.close()
             guard.restore_best()
             yield self._judge(trainer, cfg, guard)
+            # The engine is released only after the block, which measures losses with it. Checkpoints go last: until the round
+            # is recorded in the library, a killed run resumes from them.
             release(trainer)
             del self.trainer, trainer
         on_each_node(lambda: _remove(Path(cfg.output_dir)))
@@ -89,16 +99,18 @@ class Round(TrainerCallback):
         cfg = copy.deepcopy(self.stage.cfg)
         cfg.output_dir = str(self.session.output_dir / "stages" / f"{self.stage.name}-{self.number}")
         cfg.seed = round_seed(cfg.seed, self.stage.name, self.number)
-        # The Trainer removes the checkpoint before the last one while the last one is not complete yet.
+        # The Trainer deletes old checkpoints before the guard has completed the new one. With fewer than two left, a kill in
+        # between would leave no complete checkpoint.
         cfg.save_total_limit = max(cfg.save_total_limit or 2, 2)
         return cfg
 
     def _prepare_stack(self, seed: int) -> None:
-        """A fresh stack with this stage's settings, on top of those that are on while the domain trains."""
+        """Initialise the stack in training with this stage's settings, and switch the stacks of its context on."""
         config = self.model.peft_config[ADAPTER_NAME]
         assert isinstance(config, BrainstacksConfig)
         config.balance_coef = self.stage.block.balance_coef
-        # Sampled answers have to come from the very policy whose probabilities are trained.
+        # Online methods need the policy that samples completions to be the one whose probabilities are trained. Gate noise
+        # would make the two differ.
         config.noisy_gate = self.stage.block.noisy_gate and self.stage.rl not in ONLINE
         self.tuner.reset_stack(ADAPTER_NAME, seed)
         self.tuner.use_stacks(self.ledger.context_of(self.stage.name))
@@ -112,8 +124,10 @@ class Round(TrainerCallback):
         return Guard(self.tuner, ADAPTER_NAME, rules.patience, objective, loss_spike, self._fingerprint())
 
     def _fingerprint(self) -> str:
-        """What a checkpoint has to have in common with this round to be resumed from: SHA-256 of the library below the
-        stage, its config and its data."""
+        """SHA-256 (hex) of all that the round trains with: the library, config, data and number of processes.
+
+        The round resumes only from a checkpoint with the same fingerprint.
+        """
         session, below = self.session, self.ledger.below()
         parts = {
             "library": self.ledger.plan.library_from(session.output_dir),
@@ -141,6 +155,7 @@ class Round(TrainerCallback):
             prepare_rl(trainer, self.stage.rl, cfg.seed, guard.report)
         if self.stage.rl in ONLINE:
             guard.resumable = partial(between_generations, trainer)
+        # Before the callbacks of Axolotl and the user: the guard has to complete a checkpoint before another one reads it.
         trainer.callback_handler.callbacks[:0] = [self, guard, self.session.interruption]
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
@@ -148,7 +163,7 @@ class Round(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        LOG.info("Stage %s, round %d: %s", self.stage.name, self.number, describe(self.trainer))
+        LOG.info("Domain %s, round %d: %s", self.stage.name, self.number, describe(self.trainer))
         self._check_batches(len(kwargs["train_dataloader"]), len(self.trainer.get_eval_dataloader()))
         self._start_domain()
         rules = self.stage.block.null_space
@@ -160,14 +175,17 @@ class Round(TrainerCallback):
                 self.loss_before = self.session.loss(self.domain.rows)
         LOG.info("%s, round %d starts at a validation loss of %.4f", self.stage.name, self.number, self.loss_before)
         if self.checkpoint is None:
-            # The Trainer keeps the checkpoints of the highest steps, whoever wrote them.
+            # The Trainer keeps the checkpoints with the highest steps. Old ones of another run could displace this round's.
             on_each_node(lambda: _remove(*Path(str(args.output_dir)).glob("checkpoint-*")))
 
     def _start_domain(self) -> None:
-        """Measure the base and list the domain, once; everything later rounds measure on is stored with it."""
+        """Measure the base model's loss and list the domain in the library, before the domain's first round only.
+
+        The validation examples are stored with it, and all later rounds are measured on these.
+        """
         domain, entry = self.domain, self.ledger.entry(self.domain.name)
         if entry is not None and (entry.rounds or entry.before is None):
-            # Rows given since would make the losses of its rounds incomparable.
+            # The YAML may name other validation data now, but the losses of a domain's rounds have to be comparable.
             domain.rows, domain.spare_rows = self.ledger.rows_of(domain.name)
             return
         with self.tuner.using_stacks([]), self.model.disable_adapter():
@@ -176,24 +194,27 @@ class Round(TrainerCallback):
         LOG.info("%s: validation loss of the base model %.4f", domain.name, base_loss)
 
     def _report_samples(self) -> None:
-        """Put answers to the domain's first validation prompts into the report."""
+        """Answer the domain's first validation prompts, and store the answers for the report."""
         answers = self.session.answers(self.domain.rows, self.domain.name, self.domain.block.samples)
         if answers:
             place = {"domain": self.domain.name, "round": self.number}
             self.ledger.record_samples(self.domain.name, self.number, [place | answer for answer in answers])
 
     def _check_batches(self, train: int, evaluation: int) -> None:
-        """Raises ValueError where packing, or the number of processes, leaves no whole batch of a small dataset."""
+        """Raises ValueError if a dataset is too small to give every process a batch, for example because of packing."""
         for key, batches in (("datasets", train), ("test_datasets` or `val_set_size", evaluation)):
             if not batches:
                 raise ValueError(
-                    f"The rows of `{key}` of domain `{self.stage.name}` do not fill one batch on each of "
-                    f"{self.trainer.accelerator.num_processes} processes; give more rows, or set `sample_packing` (for "
+                    f"The examples of `{key}` of domain `{self.stage.name}` do not fill one batch on each of "
+                    f"{self.trainer.accelerator.num_processes} processes; give more examples, or set `sample_packing` (for "
                     "validation `eval_sample_packing`) to false"
                 )
 
     def _judge(self, trainer: Trainer, cfg: DictDefault, guard: Guard) -> RoundRecord:
-        """Freeze the stack and measure it as the library will hold it; keep it if it helped."""
+        """Freeze the stack, measure the domain's loss with it, and add it to the library if it helped.
+
+        The loss is measured with the frozen stack, in the dtype that answers will use, not with the fp32 stack in training.
+        """
         name = self.stage.name
         tensors = self.tuner.export_stack(ADAPTER_NAME)
         record = RoundRecord(
@@ -224,6 +245,7 @@ class Round(TrainerCallback):
         frozen = self.ledger.next_stack_name(name)
         config = self.model.peft_config[ADAPTER_NAME]
         assert isinstance(config, BrainstacksConfig)
+        # From here on the frozen copy stands for the round's stack; the one in training is the identity again.
         self.tuner.reset_stack(ADAPTER_NAME, cfg.seed)
         self.tuner.attach_stack(frozen, name, config, tensors)
         self.tuner.use_stacks(self.ledger.context_of(name))
@@ -253,29 +275,29 @@ class Round(TrainerCallback):
 
 
 def round_seed(seed: int, domain: str, number: int) -> int:
-    """The seed of a round's fresh stack, noise and order of rows.
+    """The seed of a round's initial stack, gate noise and order of examples.
 
-    No two rounds share it, or their stacks would start as the same one and stay close; and it does not depend on what else
-    is in the library, so that isolated domains come out the same wherever they are trained.
+    It differs between rounds, because stacks with equal initial weights would stay similar. It does not depend on the rest of
+    the library, so that a domain with `context: isolated` comes out the same in any library.
     """
     digest = hashlib.sha256(f"{seed}.{domain}.{number}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
 
 
 def loss_so_far(rounds: Sequence[RoundRecord]) -> float:
-    """A domain's validation loss after these rounds: with the stacks that were kept."""
+    """A domain's validation loss after these rounds, with the stacks that were kept, in nats per answer token."""
     return next((record.loss_after for record in reversed(rounds) if record.kept), rounds[0].loss_before)
 
 
 def unscored(guard: Guard) -> str | None:
-    """Why a round could not be judged at all; None when its start could be measured."""
+    """Why a round cannot be judged: its objective was not finite before the first step. None if it was."""
     if guard.start is None or math.isfinite(guard.start):
         return None
     return f"the held-out {guard.objective.key.removeprefix('eval_')} was not finite before the first step"
 
 
 def unusable(tensors: Mapping[str, Tensor]) -> str | None:
-    """Why a stack must not enter the library, whatever it measures; None for one that may."""
+    """Why a stack must not enter the library: it is not finite, or a B is all zero. None if neither is so."""
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             return f"{key} has NaN or infinite values; lower learning_rate"
@@ -288,11 +310,11 @@ def unusable(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def why_dropped(record: RoundRecord, stage: Stage, objective: Objective, supervised_loss: float) -> str | None:
-    """Why a measured round is not kept; None for one that helped.
+    """Why a measured round is not kept; None if it helped.
 
-    A supervised round has to gain `boosting.min_loss_delta` of validation loss: its stack costs memory and time for ever.
-    An RL round has to improve its own objective, and may leave the validation loss above that of the supervised rounds by
-    `rl.max_loss_increase`, together with all RL rounds before it.
+    A supervised round has to lower the validation loss by `boosting.min_loss_delta`, because its stack costs memory and time
+    in every later step and answer. An RL round has to improve its own objective. The RL rounds of a domain together may raise
+    the validation loss by at most `rl.max_loss_increase` above `supervised_loss`, the loss after the supervised rounds.
     """
     gain = record.loss_before - record.loss_after
     if not record.rl:
@@ -317,7 +339,10 @@ def why_dropped(record: RoundRecord, stage: Stage, objective: Objective, supervi
 
 @contextmanager
 def _tensorboard_logs(folder: Path) -> Iterator[None]:
-    """Outside the stage's folder, which is removed; unless the user names a place, or writes no such logs."""
+    """Let a trainer built inside the block write TensorBoard logs to `folder`, unless the user has chosen a folder.
+
+    The Trainer's default would be the round's `output_dir`, which is removed after the round.
+    """
     key = "TENSORBOARD_LOGGING_DIR"
     if key in os.environ:
         yield

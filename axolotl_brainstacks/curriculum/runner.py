@@ -26,11 +26,11 @@ LOG = get_logger(__name__)
 
 
 def train_curriculum(run: TrainingRun, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Train the stages of `run` into its library; afterwards `model` stands for the library.
+    """Train the domains of `run` into its library. Afterwards `model.save_pretrained` writes a reference to the library.
 
     Raises:
-        SystemExit: when a signal asked to stop; the same command continues.
-        ValueError: for what only the loaded model shows to be wrong.
+        SystemExit: after SIGTERM or SIGINT; the same command resumes.
+        ValueError: for mistakes that only the loaded model reveals.
     """
     plan, interruption = run.plan, Interruption()
     output_dir = Path(plan.raw["output_dir"])
@@ -43,17 +43,18 @@ def train_curriculum(run: TrainingRun, model: PeftModel, tokenizer: PreTrainedTo
             LOG.info("Domain %s (%d of %d)", domain.name, number, len(run.stages))
             train_domain(session, domain)
         on_each_node(lambda: remove_leftovers(plan))
-    # What Axolotl saves into output_dir is a PEFT folder that points at the library, without the fresh stack.
+    # Axolotl saves the model into output_dir at the end. This makes it a PEFT folder that refers to the library, without the
+    # stack in training.
     session.tuner.use_stacks(None)
     stand_for_library(model, ADAPTER_NAME, plan.raw["base_model"], plan.library_from(output_dir))
 
 
 def train_domain(session: Session, domain: DomainStage) -> None:
-    """Train the rounds that a domain still lacks, and close it."""
+    """Train the rounds of a domain that are not in the library yet, and mark the domain as finished."""
     entry = session.ledger.entry(domain.name)
     rounds = list(entry.rounds) if entry else []
     if next_stage(domain, rounds) is None:
-        # A killed run ended between the last round's record and what closes the domain.
+        # An earlier run was killed after it recorded the last round and before it finished the domain.
         with forwards(session.model, domain.cfg.deepspeed):
             finish_domain(session, domain)
     while (stage := next_stage(domain, rounds)) is not None:
@@ -64,10 +65,10 @@ def train_domain(session: Session, domain: DomainStage) -> None:
 
 
 def next_stage(domain: DomainStage, rounds: Sequence[RoundRecord]) -> Stage | None:
-    """What the domain's next round trains on; None when its inner loop is over.
+    """The data and config of the domain's next round; None if no round is left.
 
-    Supervised rounds end when all are used or the last one was dropped. Then each RL round has its turn, whether or not
-    the one before it was kept.
+    Supervised rounds end after `boosting.max_rounds`, or with the first that was dropped. The RL rounds follow in order, each
+    of them whether or not the one before it was kept.
     """
     done = sum(record.rl is not None for record in rounds)
     if not rounds or (not done and rounds[-1].kept and len(rounds) < domain.block.boosting.max_rounds):
@@ -76,12 +77,15 @@ def next_stage(domain: DomainStage, rounds: Sequence[RoundRecord]) -> Stage | No
 
 
 def finish_domain(session: Session, domain: DomainStage) -> None:
-    """Measure what a domain did to the others and close it, while the last round's engine still stands."""
+    """Measure the forgetting matrix's row of a domain and mark the domain as finished.
+
+    The forward passes need an engine under ZeRO-3, so the last round's must not have been released yet.
+    """
     report_forgetting(session, domain.name)
     entry = session.ledger.finish_domain(domain.name)
     kept = session.ledger.stack_names()
     for stack in session.tuner.stacks:
-        if stack.name not in kept:  # another one has replaced it
+        if stack.name not in kept:  # the domain was trained again, and this is one of its old stacks
             session.tuner.detach_stack(stack.name)
     if not any(record.kept for record in entry.rounds):
         LOG.warning("No round of %s lowered its validation loss, so it has no stack; check its data", domain.name)
@@ -89,10 +93,10 @@ def finish_domain(session: Session, domain: DomainStage) -> None:
 
 
 def report_forgetting(session: Session, domain: str) -> None:
-    """Measure every domain so far, with all stacks on and with the stacks it was trained with."""
+    """Measure every finished domain with the stacks that it was trained with, and with all stacks on."""
     measured, every_stack, unmeasured = session.ledger.when_finished(domain)
     if unmeasured:
-        LOG.info("Not measured, for want of validation rows: %s", ", ".join(unmeasured))
+        LOG.info("Not measured, because they have no validation examples: %s", ", ".join(unmeasured))
     with session.model.disable_adapter():
         row = forgetting_row(session.tuner, measured, every_stack, session.loss)
     session.ledger.record_forgetting(domain, row)
@@ -102,6 +106,6 @@ def report_forgetting(session: Session, domain: str) -> None:
 
 
 def summary(entry: DomainEntry) -> str:
-    """One line: the base's loss, then each round's."""
+    """The losses of the base model and after each round, in one line."""
     rounds = [f"{r.rl or 'round'} {r.round} {r.loss_after:.4f}{'' if r.kept else ' (dropped)'}" for r in entry.rounds]
     return ", ".join([f"base {entry.base_loss:.4f}", *rounds])

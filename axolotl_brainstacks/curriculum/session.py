@@ -1,4 +1,4 @@
-"""What all rounds of one run share: the model, its library, and how losses and answers are measured."""
+"""What all rounds of one run share: the model, the library, and the ways to measure losses and to sample answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from axolotl_brainstacks.evaluation import Example, answer, mean_loss
 class Session:
     """One run of a curriculum.
 
-    batch_size: validation rows a forward. It is not a stage's own, so that the same rows are padded alike in every stage.
+    interruption: the handler of SIGTERM and SIGINT.
+    batch_size: validation examples per forward. It is the same for all domains, so that an example is always padded to the
+        same length, and its loss comes out the same to the last bit.
     """
 
     model: PeftModel
@@ -36,7 +38,11 @@ class Session:
         return mean_loss(self.model, rows, self.batch_size)
 
     def answers(self, rows: list[Example], domain: str, rules: SampleArgs) -> list[dict[str, Any]]:
-        """Answers to the first prompts of a domain's `rows`, as the domain's stacks give them, beside what was expected."""
+        """Answer the first validation prompts of a domain with the stacks of its context.
+
+        Returns:
+            Texts under `prompt`, `answer` and `reference`, the expected answer, for each example.
+        """
         asked = [row for row in rows if row.prompt_ids][: rules.prompts]
         if not asked:
             return []

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: finish the step, write a checkpoint, leave. The next run of the same command continues there."""
+"""Handles SIGTERM and SIGINT: the step is finished, a checkpoint is written, and the process ends.
+
+The next run of the same command resumes from that checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from axolotl_brainstacks.distributed import gather_objects, world_size
 LOG = get_logger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds. A cluster's scheduler and the launcher both pass a signal on; that is not a user who has lost patience.
-_SAME_WISH = 2.0
+# Seconds in which further signals count as the first one: a cluster's scheduler and the launcher may both pass it on.
+_SAME_REQUEST = 2.0
 
 
 class Interruption(TrainerCallback):
-    """Remembers a signal until the step ends. A later one ends the process at once, which costs only that step."""
+    """Remembers a signal until the training step ends. A second one ends the process at once, without a checkpoint."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -33,6 +36,7 @@ class Interruption(TrainerCallback):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Handle both signals while the block runs."""
         before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
         try:
             yield
@@ -42,17 +46,19 @@ class Interruption(TrainerCallback):
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if now > self._time + _SAME_WISH:
+        if now > self._time + _SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._time = min(self._time, now)
         if not self.received:
-            self.received = number  # first: where the signal came amid a write, logging may fail
+            # Set before logging: logging raises an error if the signal interrupted a write to the same stream.
+            self.received = number
             LOG.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End training with a checkpoint if any rank has received a signal."""
         if world_size() > 1:
-            # A launcher signals its processes one after another; they have to stop at the same step.
+            # A launcher signals its processes one after another, but all of them have to stop at the same step.
             votes = torch.tensor([self.received], device=args.device)
             dist.all_reduce(votes, dist.ReduceOp.MAX)
             self.received = int(votes)
@@ -60,7 +66,7 @@ class Interruption(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def leave_if_received(self) -> None:
-        """Raises SystemExit on every rank, with a shell's status for the signal that any of them received."""
+        """Raises SystemExit on every rank if any rank received a signal; the status is 128 + its number, as in a shell."""
         self.received = max(gather_objects(self.received))
         if self.received:
             raise SystemExit(128 + self.received)

@@ -1,4 +1,4 @@
-"""How large stacks are, on disk and in memory, from the base model's shapes: no weight is loaded."""
+"""Computes the sizes of stacks on disk and in memory from the base model's shapes, without loading its weights."""
 
 from __future__ import annotations
 
@@ -27,14 +27,19 @@ if TYPE_CHECKING:
     from axolotl_brainstacks.curriculum.plan import Plan
 
 FP32 = 4
-# Of one weight: a nibble; per 64 weights a byte of scale; per 256 of those an fp32 scale (double quantisation).
+# Bytes per weight. NF4 with double quantisation: half a byte, one byte of scale per 64 weights, and an fp32 scale per 256
+# of these scales.
 _NF4 = 1 / 2 + 1 / 64 + FP32 / (64 * 256)
 _INT8 = 1.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of stacks on one base model; all results are bytes."""
+    """Sizes of stacks on one base model. All results are in bytes.
+
+    base: the base model in memory, about.
+    layers: its projections, wrapped with a stack in training, on the meta device.
+    """
 
     base: int
     layers: Sequence[BrainstacksLinear]
@@ -45,7 +50,7 @@ class Sizes:
         """Build the base model that `cfg` names on the meta device and wrap it as training will.
 
         Raises:
-            ValueError: if Transformers has no class of its own for the model, so that its shapes cannot be known.
+            ValueError: if Transformers has no class for the model, so that its shapes cannot be known without its code.
         """
         model = meta_model(cfg)
         base = base_bytes(model, cfg)
@@ -56,23 +61,23 @@ class Sizes:
 
     @cached_property
     def stack_file(self) -> int:
-        """`adapter_model.safetensors` of one stack, exactly."""
+        """The exact size of a stack's `adapter_model.safetensors`."""
         tensors = stack_tensors({layer.module_name: _weights(layer) for layer in self.layers})
         return safetensors_bytes({name: tensor.shape for name, tensor in tensors.items()})
 
     @property
     def frozen_stack(self) -> int:
-        """One frozen stack in memory."""
+        """A frozen stack in memory."""
         return sum(layer.bank_bytes(layer.shapes[ADAPTER_NAME]) for layer in self.layers)
 
     @property
     def trained_stack(self) -> int:
-        """The stack in training: fp32 weights and gradients, and the optimiser's state."""
+        """The stack in training: fp32 weights, fp32 gradients, and the optimiser's state."""
         numbers = sum(weight.numel() for layer in self.layers for weight in _weights(layer))
         return numbers * (2 * FP32 + state_bytes(self.optimizer))
 
     def null_space(self, directions: int) -> int:
-        """A basis of `directions` columns per projection, fp32; a projection has no more than its outputs."""
+        """`directions` fp32 columns per projection; a projection has at most as many as outputs."""
         return FP32 * sum(layer.out_features * min(directions, layer.out_features) for layer in self.layers)
 
 
@@ -82,7 +87,11 @@ def _weights(layer: BrainstacksLinear) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def meta_model(cfg: DictDefault) -> PreTrainedModel:
-    """The base model without memory. Its class is called directly: `from_config` would start DeepSpeed's sharding."""
+    """Build the base model on the meta device.
+
+    This calls the model's class directly, because with `deepspeed:` set `from_config` would shard the model. Raises
+    ValueError if Transformers has no class for it.
+    """
     config = load_model_config(cfg)
     mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
     for mapping in reversed(mappings) if cfg.is_multimodal else mappings:
@@ -96,7 +105,7 @@ def meta_model(cfg: DictDefault) -> PreTrainedModel:
 
 
 def base_bytes(model: PreTrainedModel, cfg: DictDefault) -> int:
-    """The base model as loaded, about: quantised are the linear layers but the one over the vocabulary."""
+    """Roughly the bytes of the base model as loaded. Quantisation covers its linear layers except the output head."""
     each = _NF4 if cfg.load_in_4bit else _INT8
     quantised = {
         id(module.weight)
@@ -113,7 +122,7 @@ def base_bytes(model: PreTrainedModel, cfg: DictDefault) -> int:
 
 
 def state_bytes(optimizer: str) -> int:
-    """Bytes that an optimiser keeps per weight, about: two moments, as almost all do."""
+    """Roughly the bytes per weight that an optimiser keeps; an unknown one is taken to keep two moments, as most do."""
     if "sgd" in optimizer or "adafactor" in optimizer:
         return 0
     moments = 1 if "lion" in optimizer or "muon" in optimizer else 2
@@ -121,7 +130,7 @@ def state_bytes(optimizer: str) -> int:
 
 
 def safetensors_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Length of a safetensors file of these fp32 tensors, header included."""
+    """The exact size of a safetensors file with fp32 tensors of these shapes, its header included."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in sorted(shapes.items()):

@@ -1,4 +1,4 @@
-"""Inside the curriculum Axolotl builds ordinary trainers; outside it builds the one that runs the curriculum."""
+"""Tells Axolotl's trainer builder which trainer to make: the one that runs the curriculum, or, in a round, an ordinary one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inside_a_stage() -> bool:
 
 @contextmanager
 def stage_trainers(cfg: DictDefault) -> Iterator[None]:
-    """While inside, Axolotl's builders make ordinary trainers for `cfg`, and other plugins see it."""
+    """While the block runs, Axolotl's builders make ordinary trainers, and other plugins see `cfg`, the round's config."""
     manager = PluginManager.get_instance()
     before, manager.cfg = manager.cfg, cfg
     token = _INSIDE.set(True)

@@ -1,4 +1,4 @@
-"""From the base config and the overlays of a domain to complete Axolotl configs and their data."""
+"""Stages: the complete Axolotl config and the data of a domain's supervised rounds, or of one of its RL rounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from axolotl_brainstacks.library.storage import record_of
 
 LOG = get_logger(__name__)
 
+# Keys of the `brainstacks:` block that change what a round learns, so that a checkpoint with others is not resumed from.
 _STACK_KEYS = {"num_experts", "top_k", "noisy_gate", "balance_coef", "context", "null_space", "frozen_dtype"}
+# Keys that may change between a run and its resumption, because they do not change what a round learns.
 _NOT_LEARNED_FROM = {
     *("axolotl_config_path", "brainstacks", "dataset_num_proc", "dataset_prepared_path", "logging_steps", "output_dir"),
     *SAVING,
@@ -38,9 +40,12 @@ _NOT_LEARNED_FROM = {
 
 @dataclass
 class Stage:
-    """What rounds train on: a domain's supervised ones, or one of its RL rounds.
+    """What a round trains on: the data and config of a domain's supervised rounds, or of one of its RL rounds.
 
-    keys: the raw config that `cfg` was made of. block: the `brainstacks:` settings that hold for it.
+    name: the domain's name.
+    keys: the raw config from which Axolotl made `cfg`.
+    block: the `brainstacks:` settings that hold for it.
+    total_steps: the steps of one round; None if Axolotl has not computed them.
     """
 
     name: str
@@ -64,16 +69,16 @@ class Stage:
 
     @cached_property
     def data(self) -> str:
-        """The data in one line, the same for the same data."""
+        """A one-line description of the data, with hashes; it is equal for equal data."""
         return f"{_described(self.train_dataset)}, validation {_described(self.eval_dataset)}"
 
 
 @dataclass
 class DomainStage(Stage):
-    """One domain, ready to train: its supervised rounds, then its RL rounds.
+    """One domain, ready to train. It is the stage of its supervised rounds itself; `rl_rounds` are those that follow.
 
-    rows: validation rows that all losses of the domain are measured on. spare_rows: further ones, kept in the library so
-    that there are enough to fit what protects the domain.
+    rows: the validation examples that all losses of the domain are measured on.
+    spare_rows: further validation examples, kept in the library to fit the columns that protect the domain.
     """
 
     rows: list[Example]
@@ -87,7 +92,7 @@ class DomainStage(Stage):
 
     @property
     def all_data(self) -> str:
-        """`data` of the domain and of its RL rounds."""
+        """The `data` of the domain and of all its RL rounds."""
         return ", ".join([self.data, *(stage.data for stage in self.rl_rounds)])
 
 
@@ -109,7 +114,7 @@ def validated(keys: dict[str, Any], where: str) -> DictDefault:
 
     Args:
         keys: the raw config, without the `brainstacks:` block.
-        where: the stage in words, for errors.
+        where: the stage's name in errors.
 
     Raises:
         ValueError: naming the keys whose values Axolotl refuses.
@@ -120,6 +125,7 @@ def validated(keys: dict[str, Any], where: str) -> DictDefault:
     except ValidationError as error:
         mistakes = explain(error, "", merge_input_args()[1])
         raise ValueError(f"The config of {where} is not valid: {mistakes}") from None
+    # Axolotl's own command does the same after validation; a stage's config does not pass through that command.
     normalize_config(cfg)
     normalize_cfg_datasets(cfg)
     return cfg
@@ -127,7 +133,7 @@ def validated(keys: dict[str, Any], where: str) -> DictDefault:
 
 @dataclass(frozen=True)
 class _Configured:
-    """A stage before its data is loaded."""
+    """A stage before its data is loaded; `where` is its name in errors."""
 
     where: str
     keys: dict[str, Any]
@@ -142,11 +148,17 @@ def load_domains(
     with_rl: bool = False,
     training: bool = False,
 ) -> list[DomainStage]:
-    """Configs first, then data, of all domains, and `with_rl` of their RL rounds: the last one's mistakes show before the
-    first one trains.
+    """Validate the configs of all domains, then load all of their data, so that every mistake shows before training.
 
     Args:
-        training: check what depends on the number of processes too.
+        raw: the raw config.
+        domains: the domains to load.
+        block: the whole `brainstacks:` block.
+        with_rl: load their RL rounds too.
+        training: also check what depends on the number of processes.
+
+    Raises:
+        ValueError: naming the domain or RL round whose config or data is unusable.
     """
     configured = [(domain, _configured(raw, domain, block, with_rl, training)) for domain in domains]
     return [_load(domain.name, *parts) for domain, parts in configured]
@@ -162,7 +174,7 @@ def _configured(
         keys, title = overlaid_rl(own, entry.overlay), rl_title(domain.name, number)
         cfg = validated(keys, title)
         if cfg.val_set_size and cfg.val_set_size >= 1:
-            cfg.val_set_size = int(cfg.val_set_size)  # Axolotl does so for supervised rows alone
+            cfg.val_set_size = int(cfg.val_set_size)  # Axolotl converts a count only for supervised data
         if training and entry.rl in ONLINE:
             check_generations(cfg, world_size(), title)
         rl_rounds.append(_Configured(title, keys, entry.brainstacks.over(settings), cfg))
@@ -170,11 +182,12 @@ def _configured(
 
 
 def _load(name: str, supervised: _Configured, rl_rounds: list[_Configured]) -> DomainStage:
+    # The library keeps enough examples for measuring losses and for fitting the columns that protect the domain.
     stage = _loaded(name, supervised)
     measured = stage.block.eval_rows
     rows = answer_rows(stage.eval_dataset, max(measured, stage.block.null_space.samples))
     if not any(label != IGNORED for row in rows for label in row.labels[1:]):
-        raise ValueError(f"No validation row of domain `{name}` has an answer token to predict; check its `type:`")
+        raise ValueError(f"No validation example of domain `{name}` has an answer token to predict; check its `type:`")
     parts = {entry.name: getattr(stage, entry.name) for entry in fields(Stage)}
     return DomainStage(
         **parts,
@@ -193,14 +206,14 @@ def _loaded(name: str, configured: _Configured) -> Stage:
     except Exception as error:
         paths = ", ".join(str(dataset.path) for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])])
         raise ValueError(
-            f"The datasets of {where} ({paths}) cannot be loaded: {error!r}; check that each is there and has rows "
-            "of its `type:`"
+            f"The datasets of {where} ({paths}) cannot be loaded: {error!r}; check that each is there and has "
+            "examples of its `type:`"
         ) from error
     if not meta.train_dataset or not len(meta.train_dataset):
-        raise ValueError(f"The datasets of {where} have no usable row; check `datasets:` and `sequence_len`")
+        raise ValueError(f"The datasets of {where} have no usable example; check `datasets:` and `sequence_len`")
     if not meta.eval_dataset or not len(meta.eval_dataset):
         raise ValueError(
-            f"No validation row is left in {where}, and without validation no round can be judged; raise "
+            f"No validation example is left in {where}, and without validation no round can be judged; raise "
             f"`val_set_size` (now {cfg.val_set_size}) or name `test_datasets:`"
         )
     stage = Stage(
@@ -215,7 +228,7 @@ def _loaded(name: str, configured: _Configured) -> Stage:
 
 
 def rows_hash(dataset: Dataset) -> str:
-    """SHA-256 over what a trainer learns from: tokens and labels, or all columns of rows that are still text."""
+    """SHA-256 (hex) of what a trainer learns from: tokens and labels, or all columns if the examples are still text."""
     tokens = [name for name in ("input_ids", "labels") if name in dataset.column_names]
     digest = hashlib.sha256()
     for rows in dataset.select_columns(tokens or sorted(dataset.column_names)).iter(batch_size=1000):
@@ -224,7 +237,7 @@ def rows_hash(dataset: Dataset) -> str:
 
 
 def answer_rows(dataset: Dataset, limit: int) -> list[Example]:
-    """The first rows with an answer."""
+    """The first `limit` examples that have an answer token to predict."""
     rows = []
     for example in dataset:
         row = Example(list(example["input_ids"]), list(example["labels"]))

@@ -1,4 +1,5 @@
-"""The library on disk: frozen stacks, null spaces, validation rows and a router in one folder, under one manifest."""
+"""A library on disk: one folder with frozen stacks, null-space columns, validation examples and a router, which one
+manifest lists."""
 
 from axolotl_brainstacks.library.library import Library
 from axolotl_brainstacks.library.manifest import DomainEntry, Manifest, RoundRecord, RouterEntry, StackEntry

@@ -1,12 +1,13 @@
-"""The base model that a library was trained on, and whether another load is the same one.
+"""Records the base model that a library was trained on, and tells whether a loaded model is the same one.
 
-Three things are compared: the architecture's config; digests of the checkpoint's files where both sides have one (a
-local folder, or the Hub's cache); and samples of every parameter in memory (`weight_samples`), which see fine-tunes and
-merged LoRAs, and accept the same model in every dtype and quantisation.
+The comparison has three parts: the architecture's config; digests of the checkpoint's files, where both sides found the
+files (in a local folder or the Hub's cache); and samples of every parameter in memory (`weight_samples`), which reveal
+fine-tunes and merged LoRAs but accept the same model in every dtype and quantisation.
 
-What can go unseen: a change of few entries, as a few of each parameter are sampled; a change of a vocabulary beyond its
-first 1,024 rows, because new tokens may have been added; and a fine-tune smaller than what quantisation rounds off
-(`weight_samples` has the figures), if the checkpoint's files cannot be found or were saved in another dtype.
+The comparison cannot detect three kinds of change: a change of only a few entries, because it samples a few entries of
+each parameter; a change of a vocabulary beyond its first 1,024 rows, because new tokens may have been added there; and
+a fine-tune smaller than the rounding error of the quantisation (`weight_samples` has the figures), if the checkpoint's
+files cannot be found or were saved in another dtype.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-# Set by the way a model is loaded, saved or trained; they say nothing about what its linear layers compute. Axolotl
+# Loading, saving or training a model may set these keys, and none of them changes what its linear layers compute. Axolotl
 # itself raises max_position_embeddings, takes special tokens from the tokenizer and grows the vocabulary for new ones.
 VOLATILE_KEYS = {
     *("architectures", "bos_token_id", "dtype", "eos_token_id", "gradient_checkpointing", "id2label", "label2id"),
@@ -44,10 +45,11 @@ class BaseModelInfo(BaseModel):
     """The model that the stacks were trained on.
 
     config_hash: SHA-256 (hex) of its architecture.
-    weights: `WeightSamples.to_text` of all its parameters; loaded_as: the kinds of samples, such as "bfloat16".
+    weights: `WeightSamples.to_text` of all its parameters.
+    loaded_as: the kinds of these samples, such as "bfloat16".
     checkpoint: digest of its files, None if they were not found.
-    fingerprint: 32 entries of the input embedding, all that libraries of earlier versions have; None if the embedding
-        is quantised or not in memory.
+    fingerprint: 32 entries of the input embedding, in fp32; libraries of earlier versions have nothing else to compare.
+        None if the embedding is quantised or not in memory.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -103,7 +105,7 @@ class BaseModelInfo(BaseModel):
             raise ValueError(f"{start} the same architecture with other weights ({difference}): {advice}")
 
     def completed(self, other: Self) -> Self:
-        """This record with what it lacks, because an earlier version wrote it, taken from the same model `other`."""
+        """A copy of this record with the fields that an earlier version left out, from `other`, a record of the same model."""
         if self.weights is not None:
             return self
         return self.model_copy(update={key: getattr(other, key) for key in ("loaded_as", "weights", "checkpoint")})
@@ -117,8 +119,8 @@ class BaseModelInfo(BaseModel):
     def _difference_in_memory(self, other: Self) -> str | None:
         if self.weights is None or other.weights is None:
             LOG.warning(
-                "Of the base model %s the library has recorded a few embeddings only, so other weights that differ are not "
-                "noticed; the next `axolotl train` or `axolotl brainstacks-router` that writes to the library records all "
+                "The library has recorded only a few embeddings of the base model %s, so a difference in any other weight goes "
+                "unnoticed; the next `axolotl train` or `axolotl brainstacks-router` that writes to the library records all "
                 "parameters",
                 self.title,
             )
@@ -156,11 +158,16 @@ class BaseModelInfo(BaseModel):
 
     @property
     def title(self) -> str:
+        """The model's name and revision, for errors."""
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 def _stable(value: Any) -> Any:
-    """A model config without volatile keys. None and False go too: keys new in Transformers start so."""
+    """A model config without volatile keys, and without keys that are None or False.
+
+    A new release of Transformers adds keys to every config, as a rule with None or False; dropping these keeps the hash of an
+    old model the same.
+    """
     if not isinstance(value, dict):
         return value
     return {

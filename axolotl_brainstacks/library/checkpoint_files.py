@@ -1,4 +1,7 @@
-"""A digest of a checkpoint's safetensors files, from a few kilobytes of each tensor: what quantised loads cannot hide."""
+"""Digests a checkpoint's safetensors files from two kilobytes of each tensor.
+
+A quantised load rounds small differences between two models away; the files they were loaded from still show them.
+"""
 
 import hashlib
 import json
@@ -34,8 +37,12 @@ class CheckpointDigest(BaseModel):
     commit: str | None = None
 
     def differing(self, other: "CheckpointDigest") -> tuple[int, int]:
-        """(tensors that differ, all tensors). A copy saved in another dtype, or by a library that names tensors
-        differently, cannot be compared: (0, 0)."""
+        """Count the tensors whose sampled bytes differ.
+
+        Returns:
+            The number of tensors that differ, and the number of all tensors. (0, 0) if the two cannot be compared, because
+            one was saved in another dtype, or by a program that names tensors differently.
+        """
         if self.layout != other.layout:
             return 0, 0
         mine, its = (_split(digest.tensors) for digest in (self, other))
@@ -43,10 +50,15 @@ class CheckpointDigest(BaseModel):
 
 
 def digest_checkpoint(name: str, revision: str | None = None) -> CheckpointDigest | None:
-    """Digest the files of a model, a folder's name or one in the Hub's cache; nothing is downloaded.
+    """Digest a model's files without downloading anything.
 
-    None if there are no safetensors files, they cannot be read, or the cache has several versions and `revision` does
-    not say which.
+    Args:
+        name: a local folder, or the Hub's name of a model whose files are in the Hub's cache.
+        revision: the branch, tag or commit to look for in the cache.
+
+    Returns:
+        The digest. None if there are no safetensors files, if they cannot be read, or if the cache has several versions and
+        `revision` does not say which one is meant.
     """
     if not name:
         return None
@@ -56,7 +68,7 @@ def digest_checkpoint(name: str, revision: str | None = None) -> CheckpointDiges
     except (OSError, ValueError, KeyError, TypeError) as error:
         LOG.warning("The checkpoint files of %s cannot be read and are not compared: %r", name, error)
         return None
-    # Commits that changed a README alone are one model.
+    # Two commits in the cache are one model if they differ only in other files, such as the README.
     contents = {(digest.layout, digest.tensors) for digest in found}
     return found[0] if len(contents) == 1 else None
 
@@ -78,7 +90,7 @@ def _folders(name: str, revision: str | None) -> list[tuple[Path, str | None]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files that Transformers would load, or none."""
+    """The safetensors files that Transformers would load from `folder`; empty if it has none."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
@@ -110,6 +122,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, list[int], str]]:
 
 
 def _starts(first: int, end: int) -> range | list[int]:
+    """Where the sampled runs of a tensor that occupies the bytes [first, end) begin; a small tensor is read whole."""
     if end - first <= RUNS * RUN_BYTES:
         return range(first, end, RUN_BYTES)
     return [first + i * (end - first - RUN_BYTES) // (RUNS - 1) for i in range(RUNS)]

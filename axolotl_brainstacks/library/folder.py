@@ -1,10 +1,10 @@
-"""The folder of a library: one writer at a time, whole at every moment.
+"""The folder of a library: it has one writer at a time, and is consistent even if that writer is killed.
 
-Every change is written beside the library's files, synced, moved into place, and takes effect when the new
-`manifest.json` replaces the old one. What the manifest does not list and we might have written is a leftover of a killed
-writer, or the manifest is an old one: the next writer moves it aside, into `.leftovers`.
+A writer puts every new file into `.tmp`, syncs it and renames it into place. The change takes effect when the new
+`manifest.json` replaces the old one. A file that has a name of ours but is not in the manifest was left by a killed
+writer, or the manifest is an old copy; the next writer moves such a file into `.leftovers` instead of deleting it.
 
-The folder may come from a stranger: nothing is read, written or removed through a link to a folder inside it.
+The folder may come from a stranger, so nothing is read, written or removed through a link to a folder inside it.
 """
 
 import json
@@ -36,24 +36,24 @@ from axolotl_brainstacks.names import DOMAIN_NAME, FrozenDtype
 
 LOG = logging.getLogger(__name__)
 
-STAGE = ".tmp"
+STAGING = ".tmp"
 LEFTOVERS = ".leftovers"
-# The environment variable that says which library this process may open.
+# The environment variable with the SHA-256 of the only manifest that this process may open.
 PIN = "BRAINSTACKS_LIBRARY_SHA256"
-# Folders in which every file is listed in the manifest, and what we call what we put there.
+# Folders in which the manifest lists every file, each with the pattern of the names that this package gives there.
 OWNED = {
     "stacks": re.compile(STACK_PATTERN),
     "nullspace": re.compile(rf"{DOMAIN_NAME.pattern}-[0-9a-f]{{12}}\.safetensors"),
     "validation": re.compile(rf"{DOMAIN_NAME.pattern}(-[0-9a-f]{{12}})?\.safetensors"),
 }
-_FOLDERS = (*OWNED, "router", "router/discovery", "router/prompts", "report", STAGE, LEFTOVERS)
+_FOLDERS = (*OWNED, "router", "router/discovery", "router/prompts", "report", STAGING, LEFTOVERS)
 
 
 class LibraryFolder:
-    """A library's folder and its manifest, as last read or written. Reading needs no lock.
+    """A library's folder, and its manifest as last read or written. Reading needs no lock.
 
     Attributes:
-        sha256: of `manifest.json`, as last read or written; empty if that was done elsewhere.
+        sha256: SHA-256 (hex) of `manifest.json` as this object last read or wrote it; empty if it has done neither.
     """
 
     def __init__(self, path: Path, manifest: Manifest, sha256: str = "") -> None:
@@ -65,19 +65,21 @@ class LibraryFolder:
 
     @staticmethod
     def exists(path: str | Path) -> bool:
+        """Whether the folder has a manifest."""
         return (Path(path) / MANIFEST).is_file()
 
     @classmethod
     def open(cls, path: str | Path, sha256: str | None = None) -> Self:
-        """Read a library's manifest; files that it lists are checked when they are read.
+        """Read a library's manifest; the files that it lists are checked only when they are read.
 
         Args:
-            sha256: what the SHA-256 of `manifest.json` has to be, in hex, as `list` and `verify` print it. By default the
-                value of the environment variable BRAINSTACKS_LIBRARY_SHA256; with neither, or "", any library is read.
+            sha256: the SHA-256 (hex) that `manifest.json` has to have, as `list` and `verify` print it. The default is the
+                value of the environment variable BRAINSTACKS_LIBRARY_SHA256; if both are missing or empty, any library
+                will do.
 
         Raises:
-            ValueError: when it is no library, another one than `sha256` says, its manifest is damaged, a newer version
-                wrote it, or one of its folders is a link.
+            ValueError: if the folder is not a library, its manifest has another SHA-256, is damaged or was written by a
+                newer version, or one of its folders is a link.
         """
         folder = Path(path).absolute()
         found = record_of(content := Manifest.read_bytes(folder)).sha256
@@ -93,7 +95,7 @@ class LibraryFolder:
 
     @classmethod
     def create(cls, path: str | Path, base: BaseModelInfo, frozen_dtype: FrozenDtype = None) -> Self:
-        """Make an empty library. Raises ValueError when the folder is a library already, or `check_new` does."""
+        """Make an empty library. Raises ValueError if the folder is a library already, or as `check_new` does."""
         folder = Path(path).absolute()
         if not cls.exists(folder):
             cls.check_new(folder)
@@ -101,16 +103,19 @@ class LibraryFolder:
         with library._lock.hold():
             if cls.exists(folder):
                 raise ValueError(f"{folder} is a library already: open it, or name a new folder in brainstacks.library")
-            library._remove(STAGE)
+            library._remove(STAGING)
             library._commit(library.manifest)
-            library._remove(STAGE)
+            library._remove(STAGING)
             library._read_again()
         return library
 
     @staticmethod
     def check_new(path: str | Path) -> None:
-        """Make the folder of a library to come, if need be. Raises ValueError when it cannot be made or written, or holds
-        anything else."""
+        """Make the folder for a new library if it does not exist.
+
+        Raises:
+            ValueError: if the folder cannot be made or written, or is not empty.
+        """
         folder = Path(path).absolute()
         try:
             make_writable(folder)
@@ -131,10 +136,13 @@ class LibraryFolder:
 
     @contextmanager
     def writing(self) -> Iterator[Self]:
-        """Be the one writer of this library; re-entrant within a thread. The lock dies with its process.
+        """Hold the library's write lock; re-entrant within a thread. The lock ends with its process.
 
-        On entry the manifest is read again and the leftovers of killed writers are moved aside. Other threads of this
-        process wait. Raises ValueError when another process is writing, or a folder of the library is a link.
+        Entering reads the manifest again and moves the leftovers of killed writers aside. Other threads of this process
+        wait for the lock.
+
+        Raises:
+            ValueError: if another process holds the lock, or a folder of the library is a link.
         """
         with self._lock.hold():
             _check_folders(self.path)
@@ -142,8 +150,12 @@ class LibraryFolder:
             yield self
 
     def verify(self) -> list[str]:
-        """What is wrong with the library's files, one line each; empty when every file that can change an answer, a
-        training or the report is whole, and none looks like ours without being listed."""
+        """Check every file that the manifest lists, and look for files with our names that it does not list.
+
+        Returns:
+            One line per problem, with its remedy; empty if every file that can change an answer, a training run or the
+            report is as the manifest says.
+        """
         files = self.manifest.files
         unknown = [
             f"{printable(path)} is unknown to {MANIFEST}: move it out of the library"
@@ -166,23 +178,26 @@ class LibraryFolder:
         return self.damage() + router + unknown + self._root_problems() + reading
 
     def not_covered(self) -> list[str]:
-        """Files in the library's folder that `verify` says nothing about, as no command reads them; leftovers not."""
+        """Files in the library's folder that no command reads and `verify` does not check; `.leftovers` is left out."""
         ours = {*self.manifest.covered, MANIFEST, LOCK, OWNER}
         return [file for file in self._present() if file not in ours and not file.startswith(f"{LEFTOVERS}/")]
 
     def leftovers(self) -> list[Path]:
-        """What was moved aside because nobody could say whose it is; to be deleted by hand."""
+        """Files and folders that a writer moved aside because the manifest does not list them; the user deletes them."""
         folder = self.path / LEFTOVERS
         return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
     def damage(self) -> list[str]:
-        """The part of `verify` that a training run must not meet: the root's files it writes anew, the router it does not
-        read, others it leaves alone."""
+        """The problems that stop a training run: those of stacks, null-space columns and validation examples.
+
+        Training writes the root's files again, does not read the router and leaves unlisted files alone, so those problems
+        are left to `verify`.
+        """
         files, router = self.manifest.files, self.manifest.router_files
         return self._problems({file: record for file, record in files.items() if file not in router})
 
     def _root_problems(self) -> list[str]:
-        """What PEFT reads of the library's own folder: listed, whole, and standing for this library."""
+        """Problems of the two files that PEFT reads when it loads the whole library as one adapter."""
         fix = "run `axolotl train` on its YAML again, which writes it anew"
         if problems := self._problems(self.manifest.root):
             return problems
@@ -199,6 +214,10 @@ class LibraryFolder:
         return []
 
     def _problem(self, file: str, record: FileRecord, verify: bool = True, pending: bool = True) -> str | None:
+        """What is wrong with `file`, or None; its content is read only with `verify`.
+
+        A file that the manifest also lists as `pending` may have either content: a killed writer leaves the old or the new.
+        """
         if problem := folder_problem(self.path, file) or problem_of(self.path / file, record, verify):
             other = self.manifest.pending.get(file) if pending else None
             return problem if other is None or self._problem(file, other, verify, pending=False) else None
@@ -208,7 +227,7 @@ class LibraryFolder:
         return [problem for file, record in files.items() if (problem := self._problem(file, record))]
 
     def _present(self) -> Iterator[str]:
-        """Every file in the folder, relative to it; links to folders count as files."""
+        """Path of every file relative to the library; a link to a folder counts as a file."""
         for folder, inner, files in os.walk(self.path):
             inner.sort()
             for name in sorted([*files, *(name for name in inner if (Path(folder) / name).is_symlink())]):
@@ -218,7 +237,12 @@ class LibraryFolder:
 
     @contextmanager
     def _changing(self) -> Iterator[Manifest]:
-        """The manifest as it is on disk, to be changed; it is committed at the end, or nothing of it stays."""
+        """Yield the manifest on disk for the caller to change, and commit it if the block ends without an error.
+
+        The order makes a kill harmless at any point. The block publishes new files, which no manifest lists yet; then the
+        new manifest replaces the old one in a single rename; and only after that the files that it no longer lists are
+        removed. If the block raises, the files that it published are removed instead.
+        """
         assert self._lock.held, "the library is changed outside `with library.writing()`"
         before = Manifest.read(self.path)
         manifest = before.model_copy(deep=True)
@@ -231,18 +255,19 @@ class LibraryFolder:
             self._read_again()
             for gone in (_owned(before) | self._published) - _owned(self.manifest):
                 self._remove(gone)
-            self._remove(STAGE)
+            self._remove(STAGING)
 
     def _commit(self, manifest: Manifest) -> None:
         self._put(MANIFEST, json_to_bytes(json.loads(manifest.model_dump_json())))
 
     def _put(self, relative: str, data: bytes) -> FileRecord:
-        staged = self.path / STAGE / PurePosixPath(relative).name
+        staged = self.path / STAGING / PurePosixPath(relative).name
         record = write_durably(staged, data)
         self._publish(staged, relative)
         return record
 
     def _publish(self, staged: Path, relative: str) -> None:
+        """Rename a staged file or folder to its place in the library, durably."""
         self._check_way(relative)
         target = self.path / relative
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -251,16 +276,19 @@ class LibraryFolder:
                 self._move_aside(target)
             self._published.add(relative)
         staged.replace(target)
+        # A rename survives a power cut only when the folder is synced, as is each folder above it that may be new.
         for folder in PurePosixPath(relative).parents:
             sync_folder(self.path / folder)
 
     def _tidy(self) -> None:
-        """Read the manifest again, and move aside what is ours by its name, and not listed."""
+        """Read the manifest again, and move aside each file that has a name of ours and is not listed."""
         self._read_again()
-        self._remove(STAGE)
+        self._remove(STAGING)
         listed = _owned(self.manifest)
         found = (p for folder, name in OWNED.items() for p in (self.path / folder).glob("*") if name.fullmatch(p.name))
         unlisted = [path for path in found if path.relative_to(self.path).as_posix() not in listed]
+        # A killed writer leaves at most the stack `next_stack`. A higher number was given by a newer manifest, and moving
+        # its stacks aside would take a finished domain's files away.
         numbers = {p: int(p.name[1:].partition("_")[0]) for p in unlisted if p.parent.name == "stacks"}
         if newer := [p for p, number in numbers.items() if number > self.manifest.next_stack]:
             raise ValueError(
@@ -276,7 +304,7 @@ class LibraryFolder:
                 manifest.pending = {}
 
     def _move_aside(self, path: Path) -> None:
-        """Put what may be a killed run's, or the user's, or of a newer manifest, where it is in nobody's way."""
+        """Move an unlisted file or folder into `.leftovers`: a killed run, the user or a newer manifest may own it."""
         now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         (self.path / LEFTOVERS).mkdir(exist_ok=True)
         number, target = 1, self.path / LEFTOVERS / f"{now}-{path.name}"
@@ -293,7 +321,7 @@ class LibraryFolder:
         )
 
     def _remove(self, relative: str) -> None:
-        """Remove what is there under this name, itself and not what it links to."""
+        """Remove the file, folder or link at this path; a link's target stays."""
         self._check_way(relative)
         path = self.path / relative
         if path.is_dir() and not path.is_symlink():
@@ -307,15 +335,18 @@ class LibraryFolder:
         self.manifest, self.sha256 = Manifest.parse(content, self.path / MANIFEST), record_of(content).sha256
 
     def _check_way(self, relative: str) -> None:
+        """Raises ValueError if a folder between the library and its file `relative` is a link."""
         if problem := folder_problem(self.path, relative):
             raise ValueError(problem)
 
     def _checked(self, relative: str, record: FileRecord, verify: bool = True) -> Path:
+        """The path of a file that is as `record` says. Raises ValueError with the remedy if it is not."""
         if problem := self._problem(relative, record, verify):
             raise ValueError(f"{problem}: {self.fix}")
         return self.path / relative
 
     def _content(self, relative: str, record: FileRecord) -> bytes:
+        """The content of a file that is as `record` says. Raises ValueError with the remedy if it is not."""
         self._checked(relative, record, verify=False)
         try:
             return read_checked(self.path / relative, record)
@@ -324,7 +355,7 @@ class LibraryFolder:
 
     @property
     def fix(self) -> str:
-        """What to do about a damaged file of a domain, to end a message with."""
+        """The remedy for a damaged file of a domain, as the end of an error."""
         return (
             "restore the file from a copy of the library, or remove its domain with "
             f"`axolotl brainstacks-library {self.path} remove DOMAIN` and train it again"
@@ -332,7 +363,7 @@ class LibraryFolder:
 
 
 def _owned(manifest: Manifest) -> set[str]:
-    """What the manifest lists in the owned folders: a stack by its folder, others by their file."""
+    """What the manifest lists in the `OWNED` folders, as relative paths: folders of stacks, and other files."""
     parts = (PurePosixPath(file).parts for file in manifest.files)
     return {"/".join(path[:2]) for path in parts if path[0] in OWNED}
 

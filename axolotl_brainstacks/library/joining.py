@@ -1,4 +1,4 @@
-"""Which domains of another library a library can take over, and under which names."""
+"""Checks which domains of another library can join a library, and under which names."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,15 +10,18 @@ from axolotl_brainstacks.names import DOMAIN_NAME
 def joined_names(
     library: Library, other: Library, only: Sequence[str] = (), renamed: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The name here of each domain of `other` to be joined, by its name there, in its order there.
+    """Choose the domains of `other` that join `library`, and check that they can.
 
     Args:
-        only: the domains to join; all by default.
-        renamed: new names by old ones.
+        only: names in `other` of the domains to join; all domains if empty.
+        renamed: new names in `library`, by the names in `other`.
+
+    Returns:
+        The name in `library` of each domain to join, by its name in `other`, in the order of `other`.
 
     Raises:
-        ValueError: if the libraries do not fit together, a name is unknown, taken or cannot be one, or a domain is not
-            finished or was trained with stacks of another domain on.
+        ValueError: if the two have different base models or types of frozen stacks; if a name is unknown, taken or not
+            allowed; or if a domain is not finished, or was trained while stacks of another domain were on.
     """
     mine, theirs, renamed = library.manifest, other.manifest, renamed or {}
     if library.path.resolve() == other.path.resolve():
@@ -57,13 +60,13 @@ def _check_joinable(other: Library, wanted: Sequence[str]) -> None:
     if foreign := {entry.name: found for entry in entries if (found := _foreign_stacks(other.manifest, entry.name))}:
         listed = "; ".join(f"{name} with {', '.join(stacks)}" for name, stacks in foreign.items())
         raise ValueError(
-            f"domains of {other.path} were trained with stacks of another domain on, without which they are not what they "
-            f"were ({listed}): train them with `context: isolated`, or join the others with --domain"
+            f"domains of {other.path} were trained with stacks of another domain on, and do not answer the same without them "
+            f"({listed}): train them with `context: isolated`, or join the others with --domain"
         )
 
 
 def _foreign_stacks(manifest: Manifest, name: str) -> list[str]:
-    """Stacks in the context of domain `name` that are not its own; they may have left the library since."""
+    """Stacks in the context of domain `name` that belong to other domains, those removed since included."""
     own = {stack.name for stack in manifest.stacks_of(name)}
     return [stack for stack in manifest.domain(name).context if stack not in own]
 

@@ -1,5 +1,6 @@
-"""The library on disk: its domains and their frozen stacks, added, replaced, joined and removed."""
+"""The library on disk: adds, replaces, joins and removes domains and their frozen stacks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.guarded import load_tensors, parse_json, printable
 from axolotl_brainstacks.library import replacement
-from axolotl_brainstacks.library.folder import CONFIG, STAGE, WEIGHTS
+from axolotl_brainstacks.library.folder import CONFIG, STAGING, WEIGHTS
 from axolotl_brainstacks.library.manifest import BaseModelInfo as BaseModelInfo
 from axolotl_brainstacks.library.manifest import (
     DomainEntry,
@@ -30,18 +31,28 @@ from axolotl_brainstacks.names import FrozenDtype
 
 
 class Library(LibraryRecords):
-    """A library's content. Every method that changes it asserts that it runs inside `writing()`."""
+    """The content of a library. Every method that changes it asserts that it runs inside `writing()`."""
 
     def add_domain(self, entry: DomainEntry, validation: bytes | None = None) -> None:
-        """List a domain, with the rows (`evaluation.pack_rows`) that its losses are measured on."""
+        """List a domain.
+
+        Args:
+            entry: the domain; `entry.validation` is filled in here.
+            validation: the packed examples (`evaluation.pack_rows`) that its losses are measured on.
+
+        Raises:
+            ValueError: if the library has a domain of this name.
+        """
         with self._changing() as manifest:
             self._append_domain(manifest, entry)
             if validation is not None:
                 entry.validation = self._put(f"validation/{entry.name}.safetensors", validation)
 
     def import_domain(self, entry: DomainEntry, config: dict[str, Any], tensors: dict[str, Tensor]) -> StackEntry:
-        """List a domain together with its only stack, trained elsewhere; the router is stale then. Arguments and errors
-        as `add_stack`."""
+        """List a domain together with its only stack, which was trained elsewhere; this makes the router stale.
+
+        Arguments and errors are those of `add_stack`.
+        """
         data = _stack_files(entry.name, config, tensors)
         with self._changing() as manifest:
             self._append_domain(manifest, entry)
@@ -52,6 +63,7 @@ class Library(LibraryRecords):
         return stack
 
     def update_domain(self, name: str, **changes: Any) -> DomainEntry:
+        """Set fields of a domain's entry, and return the new entry."""
         assert "name" not in changes, "stacks carry their domain's name"
         with self._changing() as manifest:
             entry = DomainEntry.model_validate(manifest.domain(name).model_dump() | changes)
@@ -59,7 +71,7 @@ class Library(LibraryRecords):
         return entry
 
     def record_round(self, domain: str, record: RoundRecord) -> None:
-        """Note a round whose stack was not kept."""
+        """Record a round whose stack was not kept."""
         assert not record.kept and record.stack is None, record
         with self._changing() as manifest:
             manifest.domain(domain).rounds.append(record)
@@ -73,11 +85,17 @@ class Library(LibraryRecords):
         record: RoundRecord,
         context: list[str] | None = None,
     ) -> StackEntry:
-        """Freeze a stack: a plain PEFT folder `stacks/<name>`, listed last in the manifest with its round's record.
+        """Add a frozen stack as the PEFT folder `stacks/<name>`, last in the manifest, together with its round's record.
 
-        `config` is the PEFT config (sets become sorted lists), `tensors` the adapter's state dict on any device,
-        `context` the stacks that were on while it trained; its own name is added. Raises
-        ValueError for a non-finite tensor or an all-zero B, OSError when the disk is full; then nothing has changed.
+        Args:
+            config: the PEFT config; sets become sorted lists.
+            tensors: the adapter's state dict, on any device.
+            record: the kept round; the stack's name is filled in here.
+            context: names of the stacks that were on while this one trained; its own name is added here.
+
+        Raises:
+            ValueError: for a tensor that is not finite, or a B that is all zero.
+            OSError: if the disk is full. After either error the library is unchanged.
         """
         assert record.kept and record.round == round, record
         data = _stack_files(domain, config, tensors)
@@ -90,12 +108,14 @@ class Library(LibraryRecords):
     def write_protection(
         self, domain: str, tensors: dict[str, Tensor], energy: float, capacity_left: float, beyond: list[str]
     ) -> NullSpaceEntry:
-        """Keep the columns that protect `domain`, (out, d) by projection, in place of older ones. Raises as `add_stack`.
+        """Store the columns that protect `domain`, in place of older ones. Raises as `add_stack`.
 
-        `energy`, `capacity_left` and `beyond` as in `NullSpaceEntry`.
+        Args:
+            tensors: orthonormal columns (out, d), fp32, by module name.
+            energy, capacity_left, beyond: as in `NullSpaceEntry`.
         """
         data = tensors_to_bytes(tensors, f"the null space of domain {domain!r}")
-        # Named by content: the file that the manifest lists now is never overwritten.
+        # The name contains the content's hash, so the file that the manifest lists now is never overwritten.
         file = f"nullspace/{domain}-{record_of(data).sha256[:12]}.safetensors"
         with self._changing() as manifest:
             entry = NullSpaceEntry(
@@ -110,23 +130,24 @@ class Library(LibraryRecords):
         return entry
 
     def unprotect(self, domain: str) -> None:
-        """Drop the columns that protect `domain`, and all that were fitted with a view to them."""
+        """Drop the columns that protect `domain`, and those of other domains that were fitted orthogonal to them."""
         with self._changing() as manifest:
             manifest.unprotect(domain)
 
     def set_router(self, entry: RouterEntry | None) -> None:
+        """List a fitted router whose files `write_file` has written; None lists no router."""
         with self._changing() as manifest:
             manifest.router = entry
 
     def set_frozen_dtype(self, dtype: FrozenDtype) -> None:
-        """Say how stacks are kept in memory, before there is one."""
+        """Set the dtype of frozen stacks in memory; the library must not have a stack yet."""
         if self.manifest.frozen_dtype != dtype:
             assert not self.manifest.stacks
             with self._changing() as manifest:
                 manifest.frozen_dtype = dtype
 
     def complete_base(self, base: BaseModelInfo) -> None:
-        """Record what an earlier version did not of the base model, from `base`, which has been checked against it."""
+        """Add what an earlier version left out of the base model's record; `base` has passed `manifest.base.check`."""
         if self.manifest.base.weights is None:
             with self._changing() as manifest:
                 manifest.base = manifest.base.completed(base)
@@ -137,15 +158,21 @@ class Library(LibraryRecords):
         records = {file: record_of(content) for file, content in data.items()}
         if self.manifest.root == records and not self._problems(records):
             return
-        with self._changing() as manifest:  # a kill before the end leaves files that nothing is expected of
+        # Listed by no manifest, half of the new files beside half of the old ones are no damage after a kill.
+        with self._changing() as manifest:
             manifest.root = {}
         with self._changing() as manifest:
             manifest.root = {file: self._put(file, content) for file, content in data.items()}
 
     def remove_domain(self, name: str) -> list[str]:
-        """Remove a domain with its stacks and what protects it; the router is stale then. Returns its dependents."""
+        """Remove a domain with its stacks and the columns that protect it; this makes the router stale.
+
+        Returns:
+            The domains that were trained with its stacks on, and whose losses change now.
+        """
         self.manifest.domain(name)
-        self.drop_file(f"router/prompts/{name}.safetensors")  # the domain's next data may be trained on them
+        # A later domain of this name may train on these prompts, so they can no longer count as held out.
+        self.drop_file(f"router/prompts/{name}.safetensors")
         with self._changing() as manifest:
             dependents = manifest.dependents(name)
             manifest.unprotect(name)
@@ -156,78 +183,74 @@ class Library(LibraryRecords):
         return dependents
 
     def replace_domain(self, name: str) -> list[str]:
-        """Have a finished domain trained again; its old stacks answer until then. Returns its dependents."""
+        """Mark a finished domain to be trained again; its old stacks answer until the new ones are complete.
+
+        Returns:
+            The domains that were trained with its stacks on, and whose losses will change.
+        """
         with self._changing() as manifest:
             dependents = manifest.dependents(name)
             replacement.begin(manifest, name)
         return dependents
 
     def renew_validation(self, name: str, base_loss: float, rows: bytes, eval_rows: int) -> None:
-        """Give a domain that is being replaced other validation rows, before its first round."""
+        """Give a domain that is being replaced other validation examples, before its first round.
+
+        Args:
+            base_loss: loss of the base model on the new examples, in nats per answer token.
+            rows: the packed examples (`evaluation.pack_rows`).
+            eval_rows: how many of them, from the first, losses are measured on.
+        """
         file = f"validation/{name}-{record_of(rows).sha256[:12]}.safetensors"
         with self._changing() as manifest:
             entry = manifest.domain(name)
-            assert entry.before is not None and not entry.rounds, "rounds were measured on the rows there are"
+            assert entry.before is not None and not entry.rounds, "rounds were measured on the present examples"
             entry.validation, entry.validation_file = self._put(file, rows), file
             entry.base_loss, entry.eval_rows = base_loss, eval_rows
 
     def undo_replacement(self, name: str) -> None:
-        """Put a domain that is being replaced back as it was; stacks that were trained since are dropped."""
+        """Restore a domain that is being replaced, and drop the stacks that were trained since."""
         with self._changing() as manifest:
             replacement.undo(manifest, name)
 
     def finish_domain(self, name: str) -> DomainEntry:
-        """Close a domain after its last round; of one that was replaced, the old stacks give way to the new ones."""
+        """Mark a domain as finished after its last round; if it is being replaced, its new stacks replace the old ones."""
         if self.manifest.domain(name).before:
-            self.drop_file(f"router/prompts/{name}.safetensors")  # the new stacks may have been trained on them
+            # The new stacks may have been trained on these prompts, so they can no longer count as held out.
+            self.drop_file(f"router/prompts/{name}.safetensors")
         with self._changing() as manifest:
             replacement.finish(manifest, name)
         return self.manifest.domain(name)
 
     def join(self, other: Self, domains: dict[str, str]) -> list[StackEntry]:
-        """Take over domains of another library on the same base, files byte for byte; the router is stale then.
+        """Copy domains of another library on the same base model, byte for byte; this makes the router stale.
 
         Args:
-            domains: the name here, by the name in `other`; as `joining.joined_names` has checked them.
+            domains: the name here by the name in `other`, as `joining.joined_names` returns them.
+
+        Returns:
+            The new stacks, in order.
 
         Raises:
-            ValueError: naming a file of `other` that is missing or damaged; then nothing has changed.
+            ValueError: naming a file of `other` that is missing or damaged; the library is unchanged then.
         """
-        theirs, joined = other.manifest, []
+        joined: list[StackEntry] = []
         with self._changing() as manifest:
-            manifest.frozen_dtype = theirs.frozen_dtype
+            manifest.frozen_dtype = other.manifest.frozen_dtype
             names: dict[str, str] = {}
             for old, new in domains.items():
-                source = theirs.domain(old)
-                for stack in theirs.stacks_of(old):
-                    name = names[stack.name] = manifest.next_stack_name(new)
+                for stack in other.manifest.stacks_of(old):
+                    names[stack.name] = manifest.next_stack_name(new)
                     manifest.next_stack += 1
-                    for file, record in stack.files.items():
-                        other._check_way(f"stacks/{stack.name}/{file}")
-                        copy_durably(other.stack_path(stack.name) / file, self.path / STAGE / name / file, record)
-                    sync_folder(self.path / STAGE / name)
-                    joined.append(stack.model_copy(update={"name": name, "domain": new}))
-                entry = DomainEntry(
-                    name=new,
-                    base_loss=source.base_loss,
-                    validation=source.validation,
-                    eval_rows=source.eval_rows,
-                    context=[names[stack] for stack in source.context],
-                    rounds=[r.model_copy(update={"stack": r.stack and names[r.stack]}) for r in source.rounds],
-                    done=True,
-                    soft=source.soft,
-                )
-                if source.validation:
-                    staged = self.path / STAGE / entry.validation_path
-                    copy_durably(other.path / source.validation_path, staged, source.validation)
-                self._append_domain(manifest, entry)
-            # Were these numbers still free when the stacks are there, a kill between the two would leave what looks like
-            # the newest stacks of a library whose manifest is old.
+                    joined.append(self._stage_stack(other, stack, names[stack.name], new))
+                self._append_domain(manifest, self._stage_entry(other, other.manifest.domain(old), new, names))
+            # The numbers of the new stacks are committed before their folders are published. A kill in between would else
+            # leave several stacks with numbers that the manifest has not given, which `_tidy` takes for an old manifest.
             self._commit(Manifest.read(self.path).model_copy(update={"next_stack": manifest.next_stack}))
             for stack in joined:
-                self._publish(self.path / STAGE / stack.name, f"stacks/{stack.name}")
+                self._publish(self.path / STAGING / stack.name, f"stacks/{stack.name}")
             for entry in manifest.domains:
-                staged = self.path / STAGE / entry.validation_path
+                staged = self.path / STAGING / entry.validation_path
                 if staged.exists():
                     self._publish(staged, entry.validation_path)
             manifest.stacks += joined
@@ -235,13 +258,43 @@ class Library(LibraryRecords):
                 manifest.router.stale = True
         return joined
 
+    def _stage_stack(self, other: Self, stack: StackEntry, name: str, domain: str) -> StackEntry:
+        """Copy a stack of `other` into the staging folder, and return its entry in this library."""
+        for file, record in stack.files.items():
+            other._check_way(f"stacks/{stack.name}/{file}")
+            copy_durably(other.stack_path(stack.name) / file, self.path / STAGING / name / file, record)
+        sync_folder(self.path / STAGING / name)
+        return stack.model_copy(update={"name": name, "domain": domain})
+
+    def _stage_entry(self, other: Self, source: DomainEntry, name: str, stacks: Mapping[str, str]) -> DomainEntry:
+        """Copy the validation examples of a domain of `other` into the staging folder, and return its entry in this library.
+
+        Args:
+            stacks: the names of stacks here, by their names in `other`.
+        """
+        rounds = [r.model_copy(update={"stack": stacks[r.stack] if r.stack else r.stack}) for r in source.rounds]
+        entry = DomainEntry(
+            name=name,
+            base_loss=source.base_loss,
+            validation=source.validation,
+            eval_rows=source.eval_rows,
+            context=[stacks[stack] for stack in source.context],
+            rounds=rounds,
+            done=True,
+            soft=source.soft,
+        )
+        if source.validation:
+            staged = self.path / STAGING / entry.validation_path
+            copy_durably(other.path / source.validation_path, staged, source.validation)
+        return entry
+
     # Reading
 
     def stack_path(self, name: str) -> Path:
         return self.path / "stacks" / self.manifest.stack(name).name
 
     def stack_config(self, name: str) -> dict[str, Any]:
-        """The PEFT config of a stack. Raises ValueError when its file is missing or altered."""
+        """The PEFT config of a stack. Raises ValueError if its file is missing or altered."""
         relative = f"stacks/{name}/{CONFIG}"
         content = self._content(relative, self.manifest.stack(name).files[CONFIG])
         try:
@@ -253,14 +306,23 @@ class Library(LibraryRecords):
         return config
 
     def stack_tensors(self, name: str, verify: bool = True) -> dict[str, Tensor]:
-        """The tensors of a stack, memory-mapped on the CPU. Raises ValueError naming a missing or truncated file and,
-        with `verify`, which reads the whole file once, an altered one."""
+        """The tensors of a stack by key, memory-mapped on the CPU.
+
+        Args:
+            verify: read the whole file once to compare its SHA-256.
+
+        Raises:
+            ValueError: naming the file if it is missing or truncated, or, with `verify`, altered.
+        """
         record = self.manifest.stack(name).files[WEIGHTS]
         return load_tensors(self._checked(f"stacks/{name}/{WEIGHTS}", record, verify))
 
     def protection(self, domain: str) -> dict[str, Tensor]:
-        """The columns (out, d) that protect a domain, by projection. Raises ValueError when it has none, or its file is
-        damaged or holds something else."""
+        """The orthonormal columns (out, d) that protect a domain, by module name.
+
+        Raises:
+            ValueError: if the domain has none yet, or their file is damaged or holds something else.
+        """
         entry = self.manifest.domain(domain).protection
         if entry is None:
             raise ValueError(f"domain {domain!r} of {self.path} has no protection yet: the next training fits it")
@@ -271,14 +333,17 @@ class Library(LibraryRecords):
         return columns
 
     def validation(self, domain: str) -> bytes:
-        """The validation rows of a domain, for `evaluation.unpack_rows`. Raises ValueError when it has none or they are
-        damaged."""
+        """The packed validation examples of a domain, for `evaluation.unpack_rows`.
+
+        Raises:
+            ValueError: if the domain has none, or their file is damaged.
+        """
         return self.validation_of(self.manifest.domain(domain))
 
     def validation_of(self, entry: DomainEntry) -> bytes:
-        """`validation`, also of the old entry of a domain that is being replaced."""
+        """As `validation`, for an entry that the manifest does not list by name: `before` of a domain being replaced."""
         if entry.validation is None:
-            raise ValueError(f"domain {entry.name!r} of {self.path} has no validation rows")
+            raise ValueError(f"domain {entry.name!r} of {self.path} has no validation examples")
         return self._content(entry.validation_path, entry.validation)
 
     def _append_domain(self, manifest: Manifest, entry: DomainEntry) -> None:
@@ -291,7 +356,7 @@ class Library(LibraryRecords):
 
     def _put_stack(self, manifest: Manifest, domain: str, round: int, data: dict[str, bytes]) -> StackEntry:
         name = manifest.next_stack_name(domain)
-        staged = self.path / STAGE / name
+        staged = self.path / STAGING / name
         files = {file: write_durably(staged / file, content) for file, content in data.items()}
         sync_folder(staged)
         self._publish(staged, f"stacks/{name}")
@@ -302,7 +367,7 @@ class Library(LibraryRecords):
 
 
 def _stack_files(domain: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, bytes]:
-    """A PEFT folder's files by name. Raises ValueError for a stack that must not be kept."""
+    """The files of a stack's PEFT folder, by name. Raises ValueError for a stack that is all zero or not finite."""
     for key, tensor in tensors.items():
         if key.endswith("brainstacks_B.weight") and not tensor.any():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""One writer of a folder: other threads of this process wait, other processes are refused."""
+"""A lock that gives a folder one writer: other threads of the process wait, other processes get an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ OWNER = ".lock.owner"
 
 
 class FolderLock:
-    """Re-entrant within a thread. The lock dies with its process; two objects for one folder are one lock."""
+    """The write lock of a folder, re-entrant within a thread. It ends with its process.
+
+    `of` returns the same object for the same folder, because two `FileLock` objects of one process on one file would refuse
+    each other.
+    """
 
     _known: ClassVar[WeakValueDictionary[Path, FolderLock]] = WeakValueDictionary()
     _knowing: ClassVar[threading.Lock] = threading.Lock()
@@ -36,18 +40,19 @@ class FolderLock:
 
     @classmethod
     def of(cls, folder: Path) -> FolderLock:
+        """The lock of this folder, one object for all paths that lead to it."""
         folder = folder.resolve()
         with cls._knowing:
             return cls._known.get(folder) or cls._known.setdefault(folder, cls(folder))
 
     @property
     def held(self) -> bool:
-        """Whether this thread has it; a forked process has not."""
+        """Whether this thread holds the lock; a forked process does not."""
         return self._thread == threading.get_ident() and self._between_processes.is_locked
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Have the lock. Raises ValueError when another process has it."""
+        """Hold the lock while the block runs. Raises ValueError if another process holds it."""
         with self._threads:
             if not self._between_processes.is_locked:
                 self._acquire()
@@ -74,7 +79,8 @@ class FolderLock:
                 f"{self.path.parent} is being written by another process ({title}): wait until it has ended, or stop it, "
                 f"then run the same command again{'' if alive else stale}"
             ) from None
-        # Only a courtesy to whoever is refused: a full disk must not stop a writer that came to free space.
+        # The owner's file only tells a refused process whom to wait for. Failing to write it is no error: a full disk must
+        # not stop `remove`, which frees space.
         with suppress(OSError):
             self.owner.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -82,7 +88,8 @@ class FolderLock:
                 json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
 
     def _release(self) -> None:
-        # A copy of the folder would tell the host's name. A forked process, which does not have the lock, leaves it.
+        # The owner's file goes, or a copy of the folder would publish the host's name. A forked process does not hold the
+        # lock, so it must not remove the file of its parent.
         with suppress(OSError, ValueError):
             if self._between_processes.is_locked and self._owner()[0] == os.getpid():
                 self.owner.unlink()
@@ -95,7 +102,7 @@ class FolderLock:
         return found["pid"], found["host"]
 
     def _holder(self) -> tuple[str, bool]:
-        """Who has the lock, as far as that is known, and whether it may be alive."""
+        """A description of the process that holds the lock, and whether it may be alive."""
         try:
             pid, host = self._owner()
         except (OSError, ValueError):

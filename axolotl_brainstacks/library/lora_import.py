@@ -1,4 +1,4 @@
-"""An ordinary PEFT LoRA adapter becomes a domain of a library: a stack of one expert, whose gate is always 1."""
+"""Imports an ordinary PEFT LoRA adapter into a library, as a domain with one stack of one expert, whose gate is always 1."""
 
 from __future__ import annotations
 
@@ -30,40 +30,36 @@ from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS, DomainEntry, S
 from axolotl_brainstacks.names import DOMAIN_NAME
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-# Options that a trained adapter's output does not depend on, or that `stack_of` takes over. Any other one, also one that
-# a newer PEFT has added, changes what the adapter computes.
+# Options that do not change a trained adapter's output, or that `stack_of` reproduces. Any other option, also one that a
+# newer PEFT adds, is assumed to change the output.
 _TAKEN_OVER = {
-    *(
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    "inference_mode",
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
     *("init_lora_weights", "eva_config", "loftq_config", "megatron_core", "runtime_config"),
 }
-# A factor of zero would be an adapter that does nothing.
+# With a scale of zero the adapter would do nothing.
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# PEFT matches `alpha_pattern` as regular expressions, which can take for ever.
+# PEFT matches the keys of `alpha_pattern` as regular expressions, and a stranger's expression can take for ever to match.
 _MOST_REPEATS = 10_000
 _MOST_PATTERNS, _LONGEST_PATTERN, _SECONDS = 10_000, 1_000, 5.0
-# Others change the base model's weights when they start.
+# Values of `init_lora_weights` that leave the base model's weights alone; others (PiSSA, OLoRA, ...) change them.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def import_lora(library_path: Path, name: str, folder: Path, base_model: str | None = None) -> StackEntry:
-    """Add the LoRA adapter in `folder` as the finished domain `name`; the library is made if there is none.
+    """Add the LoRA adapter in `folder` as the finished domain `name`; make the library if there is none.
 
-    The adapter's base model is loaded, from `base_model` if given: that it is the library's is judged by its
-    architecture and weights, and every tensor is tried on it. Outputs stay as they were, to rounding.
+    This loads the base model, compares its architecture and weights with the library's record, and attaches every tensor to
+    it once. The stack's outputs equal the adapter's up to rounding.
+
+    Args:
+        base_model: folder or Hub name of the base model; default: what the adapter's config names.
 
     Raises:
-        ValueError: for a name that is taken or cannot be one, an adapter that no stack can equal, or another base model;
-            then nothing on disk has changed.
+        ValueError: if the name is taken or not allowed, no stack can reproduce the adapter, or the base model is another one;
+            nothing on disk has changed then.
     """
     if not DOMAIN_NAME.fullmatch(name):
         raise ValueError(f"`{name}` cannot be a domain's name: use lower-case letters, digits and _, a letter first")
@@ -92,7 +88,7 @@ def import_lora(library_path: Path, name: str, folder: Path, base_model: str | N
 
 
 class _Scales(BaseModel):
-    """What is read of an adapter's config."""
+    """The values that this module reads from an adapter's config."""
 
     model_config = ConfigDict(strict=True)
 
@@ -104,7 +100,7 @@ class _Scales(BaseModel):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config. Raises ValueError naming an option that no stack can reproduce."""
+    """Read the adapter's config. Raises ValueError naming an option that no stack can reproduce."""
     path = folder / CONFIG
     try:
         config = read_json(path)
@@ -137,10 +133,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (r, in) and B (out, r) by module name, fp32, of projections whose B is not zero.
+    """Read the adapter's A (r, in) and B (out, r), both fp32, by module name; a projection whose B is zero is left out.
 
     Raises:
-        ValueError: naming a tensor that is none of these, is not finite, or has no partner.
+        ValueError: naming a tensor that is neither an A nor a B, is not finite, or lacks its counterpart.
     """
     path = folder / WEIGHTS
     if not path.exists():
@@ -173,12 +169,20 @@ def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 def stack_of(
     config: Mapping[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]]
 ) -> tuple[BrainstacksConfig, dict[str, Tensor]]:
-    """Config and tensors of a stack with the same output.
+    """Convert an adapter into a stack with the same output.
 
-    Smaller ranks are filled up with zeros, and what a projection's scale differs by goes into its B: both exact.
+    All projections of a stack have one rank and one scale. A smaller rank is padded with zeros, which is exact; a scale
+    that differs from the stack's is multiplied into B.
+
+    Args:
+        config: what `read_config` returns.
+        pairs: A (r, in) and B (out, r) by module name, fp32.
+
+    Returns:
+        The stack's config and its tensors, by their keys in `adapter_model.safetensors`.
 
     Raises:
-        ValueError: naming a key of `alpha_pattern` that is no regular expression, or takes too long to be matched.
+        ValueError: naming a key of `alpha_pattern` that is not a regular expression, or takes too long to match.
     """
     rank = max(a.shape[0] for a, _ in pairs.values())
     rslora, alpha = bool(config.get("use_rslora")), float(config["lora_alpha"])
@@ -205,7 +209,7 @@ def stack_of(
         key = keys.get(module_name)
         scale = (alpha if key is None else alphas[key]) / divisor(a.shape[0])
         missing = rank - a.shape[0]
-        gate_and_noise = torch.zeros(2, a.shape[1])
+        gate_and_noise = torch.zeros(2, a.shape[1])  # gate and noise row of the only expert, whose softmax is 1
         stack[module_name] = (
             torch.cat([gate_and_noise, F.pad(a, (0, 0, 0, missing))]),
             F.pad(b * (scale / stack_config.scaling), (0, missing)),
@@ -214,15 +218,16 @@ def stack_of(
 
 
 def _pattern(key: str) -> regex.Pattern[str]:
-    """What PEFT matches a module's name with, for a key of `alpha_pattern`."""
+    """The regular expression with which PEFT matches module names for a key of `alpha_pattern`."""
     try:
         if len(key) > _LONGEST_PATTERN:
             raise ValueError(f"longer than {_LONGEST_PATTERN} characters")
-        # Compiling writes repeats out, those of repeats too.
+        # Compiling expands counted repeats, nested ones to their product, so their number bounds the memory it takes.
         counts = [int(number) for number in re.findall(r"\{(?:\d*,)?(\d{1,4})\}", key)]
         if key.count("{") != len(counts) or math.prod(counts) > _MOST_REPEATS:
             raise ValueError(f"more than {_MOST_REPEATS} repeats are counted, or not as {{1,3}}")
-        re.compile(whole := rf"(.*\.)?({key})$")  # as PEFT does; the other one takes more
+        # PEFT uses `re`, so `re` has to accept the key; `regex` accepts more, but its matching can be timed out.
+        re.compile(whole := rf"(.*\.)?({key})$")
         return regex.compile(whole)
     except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
@@ -232,7 +237,7 @@ def _pattern(key: str) -> regex.Pattern[str]:
 
 
 def _alpha_keys(keys: Sequence[str], module_names: Sequence[str]) -> dict[str, str]:
-    """The first key of `alpha_pattern` that each module's name matches, as in PEFT; those without are left out."""
+    """The first key of `alpha_pattern` that matches, by module name, as PEFT chooses it; modules without one are left out."""
     patterns = {key: _pattern(key) for key in keys}
     end, found = time.monotonic() + _SECONDS, {}
     for name, (key, pattern) in product(module_names, patterns.items()):
@@ -276,7 +281,10 @@ def _try_on(
     tensors: dict[str, Tensor],
     pairs: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
-    """Raises ValueError when a projection is not in the model, is none that stacks wrap, or has another shape."""
+    """Attach the stack once, to find errors before anything is written.
+
+    Raises ValueError if a projection is not in the model, cannot carry a stack, or has another shape.
+    """
     tuner = StackTuner(model, BrainstacksConfig(target_modules=DUMMY_TARGET_MODULES), "default")
     prefixes = tuner._language_model_prefixes()
     if outside := [module_name for module_name in pairs if not module_name.startswith(prefixes)]:

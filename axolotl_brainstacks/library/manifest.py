@@ -1,4 +1,4 @@
-"""What `manifest.json` of a library says: the base model, the stacks in order, the domains, the router."""
+"""The schema of a library's `manifest.json`: the base model, the stacks in order, the domains, the router, all files."""
 
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -11,7 +11,7 @@ from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.names import DOMAIN_NAME, FrozenDtype
 
 MANIFEST = "manifest.json"
-# The two files of a stack, and of the library as a whole, that PEFT reads.
+# The two files that PEFT reads, of a stack and of the library as a whole.
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # The two files that a router answers from.
@@ -26,7 +26,7 @@ def _inside(path: str) -> str:
     pure = PurePosixPath(path)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path:
         raise ValueError(f"path {path!r} is not a relative path inside the library")
-    # One spelling a file, so that no two records are about the same one.
+    # Each file has one allowed spelling, so that no two records can describe the same file.
     if str(pure) != path or not path.isprintable() or len(path) > 512:
         raise ValueError(f"path {path!r} is not written as a library writes it")
     return path
@@ -42,7 +42,7 @@ def _in_folder(folder: str) -> AfterValidator:
 
 
 def _number(value: Any) -> Any:
-    """JSON has no number for these, so a manifest has them as strings."""
+    """A float that a manifest holds as a string, because JSON has no number for it."""
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
@@ -50,13 +50,13 @@ RelativePath = Annotated[str, AfterValidator(_inside)]
 DomainName = Annotated[str, Field(pattern=DOMAIN_PATTERN)]
 StackName = Annotated[str, Field(pattern=STACK_PATTERN)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
-# A loss, which may be that of a round that diverged.
+# A loss, in nats per answer token. It may be NaN or infinite, as after a round that diverged.
 Loss = Annotated[float, BeforeValidator(_number)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Entry(BaseModel):
-    # Strict: true is no number, "7" neither. Pydantic's default would write null for NaN.
+    # `strict` rejects true and "7" as numbers. Without `ser_json_inf_nan` Pydantic writes null for NaN.
     model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="strings")
 
 
@@ -68,10 +68,15 @@ class FileRecord(_Entry):
 
 
 class RoundRecord(_Entry):
-    """One round: of residual boosting, or `rl`, of preference or reinforcement learning.
+    """One round: a supervised one of residual boosting (`rl` is None), or an RL round of kind `rl`.
 
-    Losses are mean validation losses of the domain per answer token, in nats. The objectives of an RL round are what its
-    trainer measures on held-out rows: the preference loss, or the mean reward. `dropped` says why a round was not kept.
+    round: its number in the domain, from 1.
+    loss_before, loss_after: the domain's mean validation loss, in nats per answer token.
+    objective_before, objective_after: of an RL round, what its trainer measures on held-out examples: the preference loss or
+        the mean reward.
+    kept, stack: whether the round's stack was added to the library, and its name.
+    dropped: why the round was not kept.
+    stop_reason: why training ended, such as "finished", "patience" or "spike".
     """
 
     round: Count
@@ -104,10 +109,12 @@ class StackEntry(_Entry):
 
 
 class NullSpaceEntry(_Entry):
-    """Columns that protect one domain's output directions, fitted `beyond` the columns of other domains.
+    """Columns that protect one domain's output directions (arXiv 2604.01152, null space).
 
-    columns: the most that a projection has. energy: share of the domain's delta energy that these columns and those of
-    `beyond` hold. capacity_left: smallest share of a projection's output dimensions that was left then.
+    beyond: the domains whose columns these are orthogonal to.
+    columns: the largest number of columns of a projection.
+    energy: share of the energy of the domain's output deltas that lies in these columns and those of `beyond`.
+    capacity_left: the smallest share of a projection's output dimensions that was left for new domains.
     """
 
     file: Annotated[RelativePath, _in_folder("nullspace")]
@@ -119,11 +126,13 @@ class NullSpaceEntry(_Entry):
 
 
 class ConstraintRecord(_Entry):
-    """What a domain was kept out of while it trained: the union of the columns that protect the domains `protects`.
+    """The union of columns that a domain was trained against: those that protect the domains `protects`.
 
-    columns: the most of a projection. energy, energies: share of the protected domains' delta energy in the union,
-    together and each. capacity: by kind of projection (`q_proj`), the smallest share of output dimensions left;
-    capacity_left: the smallest of all, in the projection `tightest`.
+    columns: the largest number of columns of a projection.
+    energy, energies: share of the energy of the protected domains' output deltas that lies in the union, of all of these
+        domains together and of each.
+    capacity: the smallest share of output dimensions that was left, by kind of projection (`q_proj`).
+    capacity_left, tightest: the smallest share of all, and the module name of its projection.
     """
 
     protects: list[DomainName]
@@ -136,16 +145,19 @@ class ConstraintRecord(_Entry):
 
 
 class DomainEntry(_Entry):
-    """One domain; `context` names the stacks that were on while it trained, its own ones included.
+    """One domain. An imported domain has no validation examples and no rounds, and NaN for `base_loss`.
 
-    `validation` is the record of `validation_path`. All losses of the domain are measured on the first `eval_rows` of its
-    rows (None: on all); the rest serves to fit what protects it. An imported domain has no rows, no round, and NaN for the
-    base's loss.
-
-    protection: the columns that keep later training out of this domain's directions; fitted when they are first needed.
-    constraint: the columns of other domains that this one trained against.
-    nullspace: what a library of schema 1 has in place of both; its columns are used no more.
-    replaced, before: while the domain is trained again in place, its old stacks, which go on answering, and its old entry.
+    base_loss: validation loss of the base model alone, in nats per answer token.
+    validation: the record of `validation_path`, the packed validation examples.
+    eval_rows: how many of the examples, from the first, losses are measured on (None: all). The others only help to fit
+        `protection`.
+    context: the stacks that were on while the domain trained, its own included.
+    protection: the columns that keep later training out of this domain's directions; fitted when first needed.
+    constraint: the columns of other domains that this one was trained against.
+    nullspace: in a library of schema 1, what stands in place of these two; its columns are no longer used.
+    done: whether all of its rounds are over.
+    soft: whether the router's targets count it half, as `brainstacks.router.soft_domains` asks.
+    replaced, before: while the domain is trained again, its old stacks, which go on answering, and its old entry.
     """
 
     name: DomainName
@@ -166,7 +178,7 @@ class DomainEntry(_Entry):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.before and (self.before.name != self.name or self.before.before):
-            raise ValueError(f"domain {self.name!r} was not what its `before` says")
+            raise ValueError(f"domain {self.name!r} has a `before` that is not an entry of this domain")
         entries = [entry for entry in (self, self.before) if entry]
         fits = [fit for entry in entries for fit in (entry.protection, entry.nullspace) if fit]
         records = [(fit.file, fit.record) for fit in fits]
@@ -183,24 +195,29 @@ class DomainEntry(_Entry):
 
     @property
     def validation_path(self) -> str:
+        """Path of the packed validation examples, relative to the library."""
         return self.validation_file or f"validation/{self.name}.safetensors"
 
     @property
     def answers(self) -> bool:
-        """Whether its stacks may be routed to: it is finished, or was before it began to be trained again."""
+        """Whether a router may choose its stacks: it is finished, or was until its replacement began."""
         return self.done or self.before is not None
 
     @property
     def files(self) -> dict[str, FileRecord]:
-        """Its own files but for the stacks', by path relative to the library."""
+        """Records of its files by path relative to the library, without those of its stacks."""
         files = {fit.file: fit.record for fit in (self.protection, self.nullspace) if fit}
         files |= {self.validation_path: self.validation} if self.validation else {}
         return files | (self.before.files if self.before else {})
 
 
 class RouterEntry(_Entry):
-    """The fitted router; `files`, relative to the library, are those that it answers from. Stale: a domain was added,
-    removed or replaced since."""
+    """The fitted router.
+
+    files: the files that it answers from, by path relative to the library.
+    domains: the domains that it chooses among, in the order of its outputs.
+    stale: whether a domain was added, removed or replaced since it was fitted.
+    """
 
     files: dict[RelativePath, FileRecord]
     domains: list[DomainName]
@@ -208,13 +225,14 @@ class RouterEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """The whole of `manifest.json`. `next_stack` only grows, so the name of a removed stack is never given again.
+    """The whole of `manifest.json`.
 
-    `root` lists the files that make PEFT load the library as a whole; older libraries do not list them.
-    `records` lists the other files that a later command reads: the prompts and losses that the router was made from, its
-    evaluation, the report. Older libraries do not list these either. `pending` is what a file of `records` is about to
-    become: a killed writer leaves it as one or the other.
-    `frozen_dtype` is what all losses were measured with: the type of frozen stacks in memory, None for the base model's.
+    frozen_dtype: the dtype of frozen stacks in memory with which all losses were measured; None: the base model's.
+    next_stack: the number of the next stack. It only grows, so the name of a removed stack is never used again.
+    root: the files that make PEFT load the library as one adapter; a library of an earlier version does not list them.
+    records: other files that later commands read, such as the prompts and losses that the router was fitted on, its
+        evaluation, and the report; a library of an earlier version does not list them.
+    pending: the next record of a file of `records` that is being rewritten. A killed writer leaves the file in either state.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -234,6 +252,7 @@ class Manifest(_Entry):
             counts = Counter(entry.name for entry in entries)
             if twice := [name for name, count in counts.items() if count > 1]:
                 raise ValueError(f"{kind} {twice[0]!r} is listed twice")
+        # No two domains may list one file, or removing one of them would take the other's file away.
         owner = {stack.name: stack.domain for stack in self.stacks}
         domains = {domain.name for domain in self.domains}
         for stack in self.stacks:
@@ -254,7 +273,7 @@ class Manifest(_Entry):
         return self
 
     def _check_places(self) -> None:
-        """Raises ValueError for a record of a file where none of its kind can be: it could stand for another's."""
+        """Raises ValueError if a file is listed under the wrong field, where it could pass for a file of another kind."""
         if unknown := self.root.keys() - {CONFIG, WEIGHTS}:
             raise ValueError(f"root lists {min(unknown)}, which is no file of the library as a whole")
         for file in (*self.router_files, *self.records, *self.pending):
@@ -267,12 +286,12 @@ class Manifest(_Entry):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read a library's manifest. Raises ValueError when it is missing, damaged, or of another schema version."""
+        """Read a library's manifest. Raises ValueError if it is missing, damaged, or of an unknown schema version."""
         return cls.parse(cls.read_bytes(folder), folder / MANIFEST)
 
     @staticmethod
     def read_bytes(folder: Path) -> bytes:
-        """The content of a library's manifest. Raises ValueError when there is none."""
+        """The content of a library's manifest. Raises ValueError if there is none."""
         path = folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder} is not a library (no {MANIFEST}): check the path, or train a library first")
@@ -280,7 +299,7 @@ class Manifest(_Entry):
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> Self:
-        """The manifest with this content; `path` is for errors. Raises as `read`."""
+        """Parse a manifest; `path` is its name in errors. Raises as `read`."""
         fix = "restore it from a copy of the library, or train into a new folder"
         try:
             data = parse_json(content)
@@ -302,7 +321,7 @@ class Manifest(_Entry):
 
     @property
     def files(self) -> dict[str, FileRecord]:
-        """Every file that the library answers for, by its path relative to the library."""
+        """Records of all files of stacks, domains and the router, by path relative to the library."""
         files = {f"stacks/{s.name}/{file}": record for s in self.stacks for file, record in s.files.items()}
         for domain in self.domains:
             files |= domain.files
@@ -310,7 +329,7 @@ class Manifest(_Entry):
 
     @property
     def covered(self) -> dict[str, FileRecord]:
-        """`files`, those of the library as a whole, and `records`: all that `verify` reads."""
+        """Records of all files that `verify` reads: `files`, `root` and `records`."""
         return self.files | self.root | self.records
 
     @property
@@ -318,6 +337,7 @@ class Manifest(_Entry):
         return self.router.files if self.router else {}
 
     def domain(self, name: str) -> DomainEntry:
+        """The entry of a domain. Raises ValueError if there is none of this name."""
         for entry in self.domains:
             if entry.name == name:
                 return entry
@@ -325,6 +345,7 @@ class Manifest(_Entry):
         raise ValueError(f"domain {name!r} is not in the library, which has {known}: check the name")
 
     def stack(self, name: str) -> StackEntry:
+        """The entry of a stack. Raises ValueError if there is none of this name."""
         for entry in self.stacks:
             if entry.name == name:
                 return entry
@@ -332,25 +353,27 @@ class Manifest(_Entry):
         raise ValueError(f"stack {name!r} is not in the library, which has {known}: check the name")
 
     def next_stack_name(self, domain: str) -> str:
+        """The name that the next stack will have if it belongs to `domain`, such as "s003_math"."""
         return f"s{self.next_stack:03d}_{domain}"
 
     def stacks_of(self, domain: str) -> list[StackEntry]:
+        """The stacks of a domain, oldest first; while it is being replaced, the old and the new ones."""
         return [stack for stack in self.stacks if stack.domain == domain]
 
     def bytes_of(self, domain: str) -> int:
-        """What all files of a domain take on disk."""
+        """The bytes on disk of all files of a domain, its stacks included."""
         records = [record for stack in self.stacks_of(domain) for record in stack.files.values()]
         return sum(record.bytes for record in [*records, *self.domain(domain).files.values()])
 
     @property
     def active_stacks(self) -> list[StackEntry]:
-        """The stacks to answer with, in order: all but the new ones of a domain that is still being trained again."""
+        """The stacks that answer, in order: all except the new stacks of a domain whose replacement is not complete."""
         new = {s.name for d in self.domains if d.before for s in self.stacks_of(d.name) if s.name not in d.replaced}
         return [stack for stack in self.stacks if stack.name not in new]
 
     def check_frozen_dtype(self, asked: FrozenDtype) -> None:
-        """Raises ValueError when `brainstacks.frozen_dtype` asks for another type than these stacks are kept as: their
-        losses were measured so. Without stacks any type will do."""
+        """Raises ValueError if `asked`, the value of `brainstacks.frozen_dtype`, differs from the dtype that the losses of
+        these stacks were measured with. A library without stacks accepts any dtype."""
         kept = self.frozen_dtype
         if self.stacks and asked != kept:
             fix = f"set it to {kept}" if kept else "leave the key out"
@@ -360,10 +383,13 @@ class Manifest(_Entry):
             )
 
     def training_context(self, domain: str, isolated: bool) -> list[str]:
-        """The frozen stacks that are on while `domain` trains: those that answer for the domains before it, and its own.
+        """The frozen stacks that are on while `domain` trains: the active stacks of all domains before it, and its own.
 
-        A domain that is trained again stays where it was in the order and starts without its old stacks; one that is not
-        listed yet comes last. With `isolated`, its own stacks alone.
+        A domain that is being replaced keeps its place in the order and starts without its old stacks. A domain that is not
+        listed yet comes last.
+
+        Args:
+            isolated: the domain trains with its own stacks alone (`context: isolated`).
         """
         names = [entry.name for entry in self.domains]
         before = names[: names.index(domain)] if domain in names else names
@@ -378,19 +404,20 @@ class Manifest(_Entry):
         ]
 
     def dependents(self, name: str) -> list[str]:
-        """The other domains that were trained with stacks of this one on, and change when they go."""
+        """The other domains that were trained with stacks of this one on; without these stacks their losses change."""
         self.domain(name)
         own = {stack.name for stack in self.stacks_of(name)}
         on = {d.name: own.intersection([*d.context, *(d.before.context if d.before else [])]) for d in self.domains}
         return [d.name for d in self.domains if d.name != name and on[d.name]]
 
     def outdated_protections(self, name: str) -> list[str]:
-        """The protected domains whose columns no longer hold what they should once the stacks of `name` are gone.
+        """The domains whose protecting columns are outdated once the stacks of `name` are gone.
 
-        These are its own, those of domains that had its stacks on, and all that were fitted beyond any of them: what
-        they protect may lie in columns that go.
+        These are `name` itself, its `dependents`, and every domain whose columns were fitted orthogonal to outdated ones: part
+        of its directions may lie in the columns that are dropped, and would be left without protection.
         """
         lost = {name, *self.dependents(name)}
+        # The closure over `beyond`: each turn adds the domains that were fitted orthogonal to one already in the set.
         while more := [d.name for d in self.domains if d.protection and lost.intersection(d.protection.beyond)]:
             if lost.issuperset(more):
                 break
@@ -398,6 +425,6 @@ class Manifest(_Entry):
         return [d.name for d in self.domains if d.protection and d.name in lost]
 
     def unprotect(self, name: str) -> None:
-        """Drop `outdated_protections`; whatever trains next fits them again."""
+        """Drop the columns of `outdated_protections`; the next training run fits them again."""
         for outdated in self.outdated_protections(name):
             self.domain(outdated).protection = None

@@ -1,5 +1,5 @@
-"""Files of a library that later commands read, though no answer comes from them: the prompts and losses that the router was
-made from, its evaluation, the report. Each is listed in the manifest with its hash, and checked before it is used."""
+"""Files of a library that no answer depends on but later commands read: the prompts and losses that the router was fitted
+on, its evaluation, and the report. The manifest lists each with its SHA-256, which is checked before the file is used."""
 
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -11,12 +11,17 @@ from axolotl_brainstacks.library.storage import read_checked, record_of
 
 
 class LibraryRecords(LibraryFolder):
-    """The folder with these files; writing asserts that it runs inside `writing()`."""
+    """A library's folder with these files. Every method that changes it asserts that it runs inside `writing()`."""
 
     def write_file(self, relative: str, data: bytes) -> FileRecord:
-        """Write a file of the report or the router, atomically, and list it; those that a router answers from are listed
-        by `set_router`. A router that listed the file is dropped first: a kill before `set_router` then leaves a library
-        without a router, not a damaged one."""
+        """Write a file of the report or the router atomically, and list it in `Manifest.records`.
+
+        The files that a router answers from are an exception: `set_router` lists them. If the present router lists the file,
+        it is dropped first, so that a kill before `set_router` leaves a library without a router, not with a damaged one.
+
+        Args:
+            relative: path below `report/` or `router/`, relative to the library.
+        """
         assert relative.startswith(("report/", "router/")) and ".." not in PurePosixPath(relative).parts, relative
         record = record_of(data)
         if relative in ROUTER_FILES or relative in self.manifest.router_files:
@@ -28,7 +33,7 @@ class LibraryRecords(LibraryFolder):
         if self.manifest.records.get(relative) == record and not self._problem(relative, record):
             return record
         with self._changing() as manifest:
-            if relative in manifest.records:  # a kill from here on leaves one of the two
+            if relative in manifest.records:  # after a kill, the file may match the old record or this one
                 manifest.pending[relative] = record
         with self._changing() as manifest:
             manifest.records[relative] = self._put(relative, data)
@@ -36,10 +41,14 @@ class LibraryRecords(LibraryFolder):
         return record
 
     def read_file(self, relative: str, unlisted: bool = False) -> bytes | None:
-        """A file of `Manifest.records`; None when it is not listed.
+        """The content of a file of `Manifest.records`; None if it is not listed.
 
-        With `unlisted` also one that is there without being listed, as in a library of an older version; no link, which
-        could lead to any file of this machine. Raises ValueError when the file is missing or altered.
+        Args:
+            unlisted: also read a file that exists but is not listed, as in a library of an earlier version. A link is never
+                followed then, as it could lead to any file of this machine.
+
+        Raises:
+            ValueError: if a listed file is missing or altered.
         """
         self._check_way(relative)
         path, record = self.path / relative, self.manifest.records.get(relative)
@@ -51,7 +60,7 @@ class LibraryRecords(LibraryFolder):
         return read_checked(path, record)
 
     def drop_file(self, relative: str) -> None:
-        """Remove a file of `Manifest.records`, if it is one."""
+        """Remove a file if `Manifest.records` lists it."""
         if relative not in self.manifest.records:
             return
         with self._changing() as manifest:
@@ -61,7 +70,7 @@ class LibraryRecords(LibraryFolder):
         (self.path / relative).unlink(missing_ok=True)
 
     def set_aside(self, relative: str) -> Path:
-        """Rename a file of `Manifest.records` that cannot be used, and list it no more. Its new path."""
+        """Rename a file of `Manifest.records` that cannot be read to `<name>.broken`, unlist it, and return its new path."""
         with self._changing() as manifest:
             manifest.records.pop(relative, None)
             manifest.pending.pop(relative, None)

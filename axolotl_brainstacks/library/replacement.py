@@ -1,6 +1,6 @@
-"""A finished domain is trained again in place: its old stacks answer until the new ones are complete.
+"""Training a finished domain again in place: its old stacks answer until the new ones are complete.
 
-These are changes to a manifest alone; `Library` commits each as one.
+The functions here change a manifest in memory; `Library` commits each change at once.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from axolotl_brainstacks.library.manifest import DomainEntry, Manifest
 
 
 def check(manifest: Manifest, name: str) -> None:
-    """Raises ValueError unless the domain can be replaced: it has to be finished."""
+    """Raises ValueError unless the domain is finished and not being replaced already."""
     entry = manifest.domain(name)
     if entry.before is not None:
         raise ValueError(f"domain {name!r} is being replaced already: run `axolotl train`, or take it back with --undo")
@@ -20,9 +20,10 @@ def check(manifest: Manifest, name: str) -> None:
 
 
 def begin(manifest: Manifest, name: str) -> None:
-    """Mark the domain as one to be trained again. Raises as `check` does."""
+    """Mark the domain to be trained again. Raises as `check` does."""
     check(manifest, name)
-    # What protects domains trained on top of it holds directions of its old stacks, which it has to be free to use again.
+    # The columns that protect domains trained on top of this one contain directions of its old stacks. The domain has to
+    # be free to use these directions again, so all such columns are dropped and fitted again.
     manifest.unprotect(name)
     entry = manifest.domain(name)
     entry.before = entry.model_copy(deep=True, update={"protection": None})
@@ -31,9 +32,9 @@ def begin(manifest: Manifest, name: str) -> None:
 
 
 def undo(manifest: Manifest, name: str) -> None:
-    """Put the domain back as it was; new stacks are dropped. Raises ValueError when it is not being replaced.
+    """Restore the domain as it was, without its new stacks. Raises ValueError if it is not being replaced.
 
-    What protects it and the domains on top of it is fitted again by the next training.
+    The next training run fits the columns again that protect it and the domains trained on top of it.
     """
     entry = manifest.domain(name)
     if entry.before is None:
@@ -44,10 +45,10 @@ def undo(manifest: Manifest, name: str) -> None:
 
 
 def finish(manifest: Manifest, name: str) -> None:
-    """Close a domain after its last round.
+    """Mark a domain as finished after its last round.
 
-    Of one that was trained again, the old stacks go and the new ones take their place in other domains' contexts. If no
-    new stack was kept there is nothing to replace the old ones with: the domain is what it was.
+    If it is being replaced, its new stacks replace the old ones, also in the contexts of other domains. If no new stack was
+    kept, the domain is restored as it was.
     """
     entry = manifest.domain(name)
     if entry.before is None:
@@ -69,7 +70,7 @@ def finish(manifest: Manifest, name: str) -> None:
 
 
 def _substitute(entry: DomainEntry, old: Sequence[str], new: Sequence[str]) -> None:
-    """In the context of `entry`, put all of `new` where the first of `old` stands; the rest of `old` goes."""
+    """In the context of `entry`, replace the first stack of `old` by all of `new`, and remove the others of `old`."""
     places = [place for place, stack in enumerate(entry.context) if stack in old]
     if places:
         kept_before = entry.context[: places[0]]

@@ -1,4 +1,4 @@
-"""A library's figures for reading: charts, and one self-contained HTML page."""
+"""Draws a library's report: charts, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ROUNDS_CHART = "report/rounds.png"
 FORGETTING_CHART = "report/forgetting.png"
 ROUTER_CHART = "report/router.png"
 PAGE = "report/report.html"
-# Of the chart of forgetting, which would not be readable with more; the data has all.
+# Most rows and most columns in the chart of forgetting, to keep it readable; the JSON file has all of them.
 _MOST_CELLS = 40
 _PNG = b"\x89PNG\r\n\x1a\n"
 
-# Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, also in grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 
 _TEMPLATE = """<!doctype html>
@@ -42,7 +42,7 @@ td.n { text-align: right; font-variant-numeric: tabular-nums } pre { white-space
 </style>
 <h1>Brainstacks on {{ manifest.base.title }}</h1>
 <p>{{ manifest.domains | length }} domains, {{ manifest.stacks | length }} frozen stacks. Losses are means per answer
-token on each domain's validation rows, in nats.</p>
+token on each domain's validation examples, in nats.</p>
 <table><tr><th>domain<th>base<th>round<th>before<th>after<th>steps<th>ended<th>kept<th>null space</tr>
 {% for domain in manifest.domains %}{% for round in domain.rounds %}
 <tr><td>{{ domain.name }}<td class="n">{{ "%.4f" | format(domain.base_loss) }}<td class="n">{{ round.round }}
@@ -57,7 +57,7 @@ token on each domain's validation rows, in nats.</p>
 {% endfor %}{% endfor %}</table>
 {% for title, image in charts %}<h2>{{ title }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}
-{% if samples %}<h2>Answers to validation prompts after each stack</h2>
+{% if samples %}<h2>Answers to validation prompts after each round</h2>
 <table><tr><th>domain<th>round<th>prompt<th>answer<th>reference</tr>
 {% for s in samples %}<tr><td>{{ s.domain }}<td class="n">{{ s.round }}<td><pre>{{ s.prompt }}</pre>
 <td><pre>{{ s.answer }}</pre><td><pre>{{ s.reference }}</pre></tr>
@@ -91,7 +91,7 @@ _RECORDS: dict[str, TypeAdapter[Any]] = {
 
 
 def write_report(library: Library) -> None:
-    """Draw what the library's records say into `report/`; inside `library.writing()`."""
+    """Draw the charts and the page of `report/` from the library's records. To be called inside `library.writing()`."""
     from jinja2 import Environment
 
     charts = {}
@@ -117,7 +117,7 @@ def write_report(library: Library) -> None:
 
 
 def _chart(library: Library, file: str) -> bytes | None:
-    """A picture that was drawn earlier, if it is one: what the page embeds may be published."""
+    """A chart that was drawn earlier, or None. Only a PNG will do: whoever publishes the page publishes what it embeds."""
     try:
         data = library.read_file(file, unlisted=True)
     except (ValueError, OSError) as error:
@@ -127,6 +127,7 @@ def _chart(library: Library, file: str) -> bytes | None:
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     data = io.BytesIO()
@@ -179,9 +180,10 @@ def _forgetting(rows: list[dict[str, Any]]) -> Figure:
 
 
 def read_records(library: Library, file: str) -> list[dict[str, Any]]:
-    """The records of a JSON or JSON Lines file of the report, [] if it is not there; inside `library.writing()`.
+    """The records of a JSON or JSON Lines file of the report; [] if there is no such file.
 
-    A broken one is put aside under the name `<file>.broken`: figures for reading must not stop what they describe.
+    To be called inside `library.writing()`. A file that cannot be read is renamed to `<file>.broken` with a warning, because
+    a broken report must not stop a training run.
     """
     try:
         data = library.read_file(file, unlisted=True)
@@ -195,6 +197,6 @@ def read_records(library: Library, file: str) -> list[dict[str, Any]]:
             f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
         )
         path, aside = library.path / file, library.set_aside(file)
-        LOG.warning("%s cannot be read (%s); it is now %s, and begun anew", path, printable(reason), aside)
+        LOG.warning("%s cannot be read (%s); it is now %s, and a new one is begun", path, printable(reason), aside)
         return []
     return [record.model_dump() for record in records]

@@ -1,4 +1,4 @@
-"""Files of a library: written so that a power cut cannot half-write them, read so that damage is named."""
+"""Reads and writes a library's files: a power cut leaves no file half-written, and an error names a damaged one."""
 
 import errno
 import hashlib
@@ -21,11 +21,12 @@ from axolotl_brainstacks.library.manifest import FileRecord
 
 
 def record_of(data: bytes) -> FileRecord:
+    """The SHA-256 and size of `data`."""
     return FileRecord(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
 
 
 def problem_of(path: Path, record: FileRecord, verify: bool = True) -> str | None:
-    """What is wrong with a file, in one line; its content is read, in chunks, only with `verify`."""
+    """What is wrong with a file, in one line, or None; its content is read, in chunks, only with `verify`."""
     name = printable(path)
     try:
         with open_regular(path) as file:
@@ -44,24 +45,24 @@ def problem_of(path: Path, record: FileRecord, verify: bool = True) -> str | Non
 
 
 def read_checked(path: Path, record: FileRecord) -> bytes:
-    """The content of a file that is what `record` says. Raises ValueError as `problem_of` puts it."""
+    """The content of a file that is as `record` says. Raises ValueError with the message of `problem_of` otherwise."""
     if problem := problem_of(path, record, verify=False):
         raise ValueError(problem)
-    # What is checked is what was read: the file could change in between.
+    # The bytes that are returned are the ones checked: the file could change between two reads.
     if record_of(data := read(path, record.bytes)) != record:
         raise ValueError(f"{printable(path)} is altered (its SHA-256 differs from the manifest's)")
     return data
 
 
 def tensors_to_bytes(tensors: dict[str, Tensor], owner: str) -> bytes:
-    """A safetensors file in memory. Raises ValueError for a non-finite tensor; `owner` names what it belongs to."""
+    """The content of a safetensors file. Raises ValueError for a tensor that is not finite; `owner` is its owner's name there."""
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{owner} has NaN or infinite values in {key} and is not saved: lower learning_rate or "
                 "brainstacks.boosting.spike_threshold"
             )
-    # Cloned, because slices of one bank share their storage, which safetensors refuses.
+    # Safetensors refuses tensors that share storage, as the slices of one bank of stacks do.
     copies = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     return safetensors.torch.save(copies, metadata={"format": "pt"})
 
@@ -72,10 +73,10 @@ def json_to_bytes(value: Any) -> bytes:
 
 
 def write_durably(path: Path, data: bytes) -> FileRecord:
-    """Write and sync a file, making its folder if need be. Raises OSError naming file and size on a full disk."""
+    """Write and sync a file, and make its folder if there is none. Raises OSError naming file and size if the disk is full."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # a link, or a second name of the file, would lead the write elsewhere
+        path.unlink(missing_ok=True)  # writing through a symbolic or hard link would change a file elsewhere
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
             file.write(data)
@@ -90,8 +91,12 @@ def write_durably(path: Path, data: bytes) -> FileRecord:
 
 
 def copy_durably(source: Path, target: Path, record: FileRecord) -> None:
-    """Copy and sync a file. Raises ValueError naming `source` unless it is what `record` says, and OSError as
-    `write_durably` does."""
+    """Copy and sync a file.
+
+    Raises:
+        ValueError: naming `source` if it is not as `record` says.
+        OSError: as `write_durably`.
+    """
     try:
         data = read_checked(source, record)
     except ValueError as error:
@@ -101,10 +106,11 @@ def copy_durably(source: Path, target: Path, record: FileRecord) -> None:
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turns what the libraries that write checkpoints say of a full disk, each in its way, into one clear OSError."""
+    """Raise one clear OSError if the disk is full while the block writes checkpoints into `folder`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        # PyTorch's zip writer and safetensors raise errors of their own, without errno, when a write fails.
         signs = ("No space left", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
         if not any(sign in str(error) for sign in signs):
             raise
@@ -113,7 +119,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder if need be, and try to write there; raises OSError."""
+    """Make a folder if there is none, and write a file there. Raises OSError if either fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".writable-"):
         pass

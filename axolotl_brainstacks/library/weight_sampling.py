@@ -1,4 +1,4 @@
-"""Reads `weight_samples` of a model in memory, without dequantising more than the sampled entries."""
+"""Takes `weight_samples` from a model in memory, and dequantises no more than the sampled entries."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MATRIX_ENTRIES, VECTOR_ENTRIES, FEWEST_ENTRIES = 64, 32, 4
-# Most entries of a model; with very many parameters (unfused experts), fewer of each are sampled.
+# The most entries of a whole model. If it has very many parameters (unfused experts), each gives fewer entries.
 MOST_ENTRIES = 2**17
-# A resized vocabulary keeps its first rows. A power of two, so that a small vocabulary may grow too.
+# Only the first rows of a vocabulary are sampled, because resizing it keeps these. If it has fewer, their number is rounded
+# down to a power of two, so that a small vocabulary that grew a little is sampled at the same positions.
 VOCABULARY_ROWS = 1024
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio: multiples of it spread evenly
+# 2^64 divided by the golden ratio: its multiples modulo 2^64 are spread evenly (Fibonacci hashing).
+GOLDEN = 0x9E3779B97F4A7C15
 
 
 @torch.no_grad()
 def sample_weights(model: PreTrainedModel) -> WeightSamples:
-    """Sample every parameter of the base model, adapters around it left out.
+    """Sample every parameter of the base model; parameters of adapters around its modules are left out.
 
-    Only sampled entries are dequantised and leave their device, in one copy a device. Under ZeRO-3 parameters are
-    gathered one at a time, so every rank has to call this. Not seen are parameters on the meta device (offloaded) and
-    4-bit ones that bitsandbytes has repacked for a CPU's bf16 kernels.
+    Only the sampled entries are dequantised, and one copy a device brings them to the CPU. Under ZeRO-3 this gathers
+    parameters one at a time, so every rank has to call it. The samples of two kinds of parameters are empty: those on the
+    meta device (offloaded), and 4-bit ones that bitsandbytes has repacked for a CPU's bf16 kernels.
     """
     owners: dict[int, tuple[str, nn.Module, nn.Parameter]] = {}
     for name, module, parameter in _base_parameters(model):
@@ -51,6 +53,7 @@ def sample_weights(model: PreTrainedModel) -> WeightSamples:
         state = getattr(parameter, "quant_state", None)
         if state is not None and read[name][1]:
             tables.setdefault(state.quant_type, state.code.float())
+    # All tensors of all parameters go to the CPU in one list, and are taken from it again in the same order.
     pieces = [piece for _, tensors in read.values() for piece in tensors]
     host = iter(_to_host([*pieces, *tables.values()]))
     samples = {name: _sample(kind, [next(host) for _ in parts], loaded) for name, (kind, parts) in read.items()}
@@ -58,7 +61,7 @@ def sample_weights(model: PreTrainedModel) -> WeightSamples:
 
 
 def _base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Name, owner and value of each parameter, named as if no adapter were around any module."""
+    """Yield name, owning module and value of each parameter, with the name that it has in a model without adapters."""
     module = _unwrapped(module)
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -68,6 +71,7 @@ def _base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
+    """The base model's module inside PEFT's wrappers around it."""
     while True:
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
@@ -78,13 +82,17 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _load_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """The type that the checkpoint was cast to when loaded: later casts to a finer one do not bring the bits back."""
+    """The dtype that the checkpoint was cast to when loaded; a later cast to a finer dtype does not undo that rounding."""
     dtype: Any = getattr(model.config, "dtype", None)
     return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
 
 
 def _places(shape: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, ...]:
-    """`count` positions in a tensor, spread evenly: indices into its flat form, then one index tensor a dimension."""
+    """Choose `count` evenly spread positions in a tensor of this shape.
+
+    Returns:
+        Indices (count,) into the flattened tensor, then one index tensor (count,) for each dimension.
+    """
     size = prod(shape)
     flat = range(size) if size <= count else [(i * GOLDEN % 2**64) * size >> 64 for i in range(count)]
     positions = torch.tensor(flat, device=device, dtype=torch.long)
@@ -99,7 +107,18 @@ def _read(
     vocabulary: bool,
     place: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[str, list[Tensor]]:
-    """A parameter's kind and fp32 tensors (values, and for codes scales and slack), where the parameter is."""
+    """Sample one parameter.
+
+    Args:
+        module: the module that owns it.
+        loaded: what `_load_dtype` returns.
+        share: the most entries of one parameter.
+        vocabulary: whether its first dimension is the vocabulary.
+        place: `_places`, cached.
+
+    Returns:
+        The sample's kind, and fp32 tensors (n,) on the parameter's device: values, or codes with scales and slack.
+    """
     state = getattr(parameter, "quant_state", None)
     if parameter.is_meta or getattr(state, "packing_format_for_cpu", False):
         return "unseen", []
@@ -112,10 +131,10 @@ def _read(
         return f"{state.quant_type} from {name_of(state.dtype)}", _four_bit(parameter, state, flat)
     values = (parameter.data if parameter.dim() else parameter.data.reshape(1))[tuple(index)].float()
     scales = getattr(parameter, "SCB", None)
-    if scales is None:  # where the first forward puts them
+    if scales is None:  # bitsandbytes moves the scales from the parameter to the module's state in the first forward
         scales = getattr(getattr(module, "state", None), "SCB", None)
     if parameter.dtype == torch.int8 and scales is not None:
-        # Weights of any type are cast to fp16 before they become int8.
+        # bitsandbytes casts weights of any dtype to fp16 before it quantises them to int8.
         source = torch.bfloat16 if loaded == torch.bfloat16 else torch.float16
         rows = scales.to(parameter.device)[index[0]].float()
         return f"int8 from {name_of(source)}", [values, rows, torch.zeros_like(rows)]
@@ -123,27 +142,30 @@ def _read(
 
 
 def _four_bit(parameter: nn.Parameter, state: Any, flat: Tensor) -> list[Tensor]:
-    """Codes, scales and slack of entries of a bitsandbytes 4-bit weight."""
-    packed = parameter.data.view(torch.uint8).flatten()[flat // 2]  # the even entry in the upper half
+    """Codes, scales and slack, each (n,) fp32, of the entries `flat` of a bitsandbytes 4-bit weight."""
+    packed = parameter.data.view(torch.uint8).flatten()[
+        flat // 2
+    ]  # a byte has two codes, the even entry's in its upper half
     codes = torch.where(flat % 2 == 0, packed >> 4, packed & 15).float()
     if state.quant_type == "fp4":
-        codes.masked_fill_(codes == 8, 0)  # a negative zero, which is up to the kernel
+        codes.masked_fill_(codes == 8, 0)  # code 8 is -0; some kernels write it in place of 0
     block = flat // state.blocksize
     if not state.nested:
         scales = state.absmax[block].float()
         return [codes, scales, torch.zeros_like(scales)]
-    # absmax = offset + second code * second absmax, the code one of 256 in ascending order.
+    # Double quantisation: absmax = offset + second code * second absmax, with 256 second codes in ascending order.
     second = state.absmax[block].long()
     unit = state.state2.absmax[block // state.state2.blocksize].float()
     steps = state.state2.code.float()
     scales = (steps[second] * unit + state.offset.to(unit.device)).float()
     gaps = torch.cat([steps.diff(prepend=steps[:1])[None], steps.diff(append=steps[-1:])[None]]).amax(0)
-    # The CPU's kernel does not always take the nearest code; slack is rounded to bf16 later.
+    # Rounding to the nearest code errs by half a gap. 1e-4 is for the CPU's kernel, which does not always take the nearest
+    # code, and 1 % for the slack itself, which is stored in bf16.
     return [codes, scales, (gaps[second] / 2 + 1e-4) * unit * 1.01]
 
 
 def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of fp32 vectors on the CPU, with one transfer a device."""
+    """Copy fp32 vectors to the CPU, with one transfer for each device."""
     host: dict[int, Tensor] = {}
     for device in {tensor.device for tensor in tensors}:
         there = [i for i, tensor in enumerate(tensors) if tensor.device == device]
@@ -162,7 +184,8 @@ def _sample(kind: str, parts: list[Tensor], loaded: torch.dtype | None) -> Sampl
     held = getattr(torch, kind)
     if held not in (*FLOATS, torch.float64):
         return Sample(kind, values)
-    # Upcast after loading, as for training on a quantised base: bf16's values in fp32 are known as exactly as bf16 is.
+    # Preparing a quantised base for training upcasts its other weights to fp32 after loading. Such fp32 values are still
+    # rounded to bf16, so the sample is recorded as bf16.
     for dtype in FLOATS[:2]:
         if dtype in (held, loaded) and torch.equal(values.to(dtype).float(), values):
             return Sample(name_of(dtype), values.to(dtype))

@@ -1,4 +1,4 @@
-"""Rewards a completion that settles for the right one of several choices."""
+"""A reward for completions that choose the right one of several options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from axolotl_brainstacks.rewards.text import Completion, column, marked_answers, text_of
 
-# Punctuation, except within a number and the sign in front of one.
+# Punctuation, except inside a number (1,000 or 0.5) and a sign before one.
 _PUNCTUATION = re.compile(r"(?<!\d)[^\w\s-]|[^\w\s](?!\d)|_")
 _REASON = r"\b(?:because|since|as|but)\b"
 _CLAUSE_END = re.compile(rf"[\n;}}]|\.\s|{_REASON}")
@@ -19,15 +19,19 @@ _VERDICTS = ("yes", "no", "maybe")
 
 @dataclass(frozen=True)
 class Options:
-    """The choices of a row: `letters` that name them, and `texts`, from each choice's plain text to its name."""
+    """The choices of an example.
+
+    letters: the letters that name the choices, or "" if they have none.
+    texts: the name of each choice by its text, without punctuation.
+    """
 
     letters: str
     texts: dict[str, str]
 
     def named_in(self, clause: str) -> tuple[set[str], bool]:
-        """The names of the choices that `clause` mentions, and whether it denies ("not B").
+        """The names of the choices that `clause` mentions, and whether the rest of it has a negation ("not B").
 
-        Of nested texts the longest counts: "no change", not "no".
+        If the text of one choice is part of another's, the longest match counts: "no change", not "no".
         """
         found, rest = set(), _squeezed(clause)
         for text in sorted(self.texts, key=len, reverse=True):
@@ -45,25 +49,33 @@ class Options:
             return {squeezed.upper()}
         found = set()
         for match in re.finditer(rf"(?<!\S){upper}(?!\S)", squeezed):
-            # "A dog", "I think": a word, unless it is said of the letter.
-            said_of_it = re.match(r"\s(?:is|was|or|and|seems|must)\b|\s[^a-z]|$", squeezed[match.end() :])
-            if match[0] not in "AI" or said_of_it:
+            # A and I are also words ("A dog", "I think"). They count as letters only if what follows speaks of a letter.
+            names_choice = re.match(r"\s(?:is|was|or|and|seems|must)\b|\s[^a-z]|$", squeezed[match.end() :])
+            if match[0] not in "AI" or names_choice:
                 found.add(match[0])
         return found | {letter.upper() for letter in re.findall(rf"(?:^|[\s(])({lower})[).:](?=\W|$)", clause)}
 
 
 def exact_choice(prompts: list[Any], completions: list[Completion], **columns: list[Any]) -> list[float | None]:
-    r"""1.0 where the completion settles for the choice in the column ``answer``, else 0.0.
+    r"""Return 1.0 if the completion chooses the option in the column ``answer``, else 0.0.
 
-    The choices are the row's column ``choices``, a list of texts that are also called A, B, C, ... in this order; without
-    one they are yes, no and maybe, or the letters A to E, whichever ``answer`` is one of. ``answer`` is a text, a letter,
-    or a whole number, the position from 0 among texts. Case and punctuation do not count.
+    The optional column ``choices`` lists the options' texts, which the letters A, B, C, ... also name, in this order. Without
+    it the options are yes, no and maybe, or the letters A to E, depending on ``answer``. ``answer`` is a text, a letter, or a
+    whole number, the position from 0 among the texts. Case and punctuation do not matter.
 
-    The completion's choice is looked for after its last ``####``, ``\boxed{`` or "answer is", then in its last line, then
-    in all of it. Where two are mentioned, or one is denied, nothing is chosen. Rows whose ``answer`` is no choice, where
-    there is no ``choices``, give None.
+    The function looks for an option after the completion's last ``####``, ``\boxed{`` or "answer is", then in its last line,
+    then in all of it. A part that mentions two options, or negates one, chooses none.
 
-    Raises ValueError when the data have no column ``answer``, or when ``answer`` is none of ``choices``.
+    Args:
+        prompts: not used.
+        completions: the completions to score.
+        columns: the data's columns, with one entry per completion.
+
+    Returns:
+        One reward per completion; None if there are no ``choices`` and ``answer`` is not an option.
+
+    Raises:
+        ValueError: if the data have no column ``answer``, or ``answer`` is not among ``choices``.
     """
     answers = column(columns, "answer", "exact_choice")
     choices = columns.get("choices") or [None] * len(answers)
@@ -81,15 +93,17 @@ def _reward(completion: Completion, answer: Any, choices: Any) -> float | None:
 
 
 def _of_choices(answer: Any, choices: Any) -> tuple[Options, str]:
+    """The options in the column `choices`, and the name of the right one."""
     if not isinstance(choices, list) or len(choices) > len(ascii_uppercase):
         raise ValueError(f"the column `choices` holds {choices!r:.200}; it must be a list of at most 26 texts")
-    exact, spelled = [str(choice) for choice in choices], [_squeezed(str(choice)).casefold() for choice in choices]
+    exact = [str(choice) for choice in choices]
+    spelled = [_squeezed(text).casefold() for text in exact]
     if all(len(text) == 1 and text.upper() in ascii_uppercase for text in spelled):
         names = [text.upper() for text in spelled]
         options = Options("".join(names), {})
     else:
         names = list(ascii_uppercase[: len(choices)])
-        # Texts that only punctuation tells apart (C, C++) go by their letters alone.
+        # Texts that differ only in punctuation (C, C++) can be chosen by their letters only.
         texts = {text: name for text, name in zip(spelled, names, strict=True) if text and spelled.count(text) == 1}
         options = Options("".join(names), texts)
     plain = _squeezed(str(answer)).casefold()
@@ -103,11 +117,12 @@ def _of_choices(answer: Any, choices: Any) -> tuple[Options, str]:
     elif plain.upper() in names:
         return options, plain.upper()
     raise ValueError(
-        f"the column `answer` holds {answer!r}, which is none of the row's `choices`, {exact}: correct the row in the data"
+        f"the column `answer` holds {answer!r}, which is none of the example's `choices`, {exact}: correct the data"
     )
 
 
 def _of_kind(answer: Any) -> tuple[Options, str] | None:
+    """The options that `answer` itself implies, and the name of the right one; None if it implies none."""
     plain = _squeezed(str(answer)).casefold()
     if plain in _VERDICTS:
         return Options("", {text: text for text in _VERDICTS}), plain
@@ -117,7 +132,7 @@ def _of_kind(answer: Any) -> tuple[Options, str] | None:
 
 
 def _settled(text: str, options: Options) -> str | None:
-    """The name of the one choice that `text` settles for."""
+    """The name of the one choice that `text` makes, or None."""
     lines = text.strip().splitlines()
     clauses = [_CLAUSE_END.split(tail.strip(), maxsplit=1)[0] for tail in marked_answers(text)]
     if lines:
@@ -130,5 +145,5 @@ def _settled(text: str, options: Options) -> str | None:
 
 
 def _squeezed(text: str) -> str:
-    """`text` without punctuation, words a space apart."""
+    """`text` without punctuation, with single spaces between words."""
     return " ".join(_PUNCTUATION.sub(" ", text).split())

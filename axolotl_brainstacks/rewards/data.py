@@ -1,4 +1,4 @@
-"""Turns rows of questions into what GRPO trains on; the ``type:`` of an entry of ``datasets:``."""
+"""The dataset type ``axolotl_brainstacks.question_answer``, which turns questions into prompts for GRPO."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ _SOURCES = ("messages", "prompt", "question", "system")
 def question_answer(
     cfg: Any, dataset_idx: int = 0, **_: Any
 ) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any]]:
-    """Axolotl's dataset transform ``type: axolotl_brainstacks.question_answer``.
+    """Make the transform for ``type: axolotl_brainstacks.question_answer``, an entry of ``datasets:``.
 
-    A row asks in its field ``prompt`` or ``question`` (a text, or a list of messages), with an optional text ``system``,
-    or in ``messages``, whose last assistant turn is the reference: it is not part of the prompt, and is the ``answer`` of a
-    row that has no such field. The prompt becomes a list of messages, so the chat template applies. All other fields stay,
-    as columns for the reward functions.
+    An example has its question in the field ``prompt`` or ``question``, a text or a list of messages, with an optional text
+    ``system``; or in ``messages``, whose last assistant turn is the reference answer. The reference is not part of the prompt;
+    it becomes the field ``answer`` if there is none. The prompt becomes a list of messages, so that TRL applies the chat
+    template. All other fields stay as columns for the reward functions.
 
-    Returns the function of a row, and the keyword arguments of ``Dataset.map``. A row that asks nothing raises ValueError.
+    Returns:
+        The function that transforms one example, and the keyword arguments for ``Dataset.map``. The function raises ValueError
+        for an example without a question.
     """
 
     def transform(row: dict[str, Any]) -> dict[str, Any]:
@@ -26,8 +28,8 @@ def question_answer(
         asked = row.get("prompt") or row.get("question") or conversation
         if not asked:
             raise ValueError(
-                "`type: axolotl_brainstacks.question_answer` of `datasets:`: a row has none of the fields `prompt`, `question` "
-                f"and `messages`, only {', '.join(f'`{key}`' for key in row)}: rename the one that asks"
+                "`type: axolotl_brainstacks.question_answer` of `datasets:`: an example has none of the fields `prompt`, "
+                f"`question` and `messages`, only {', '.join(f'`{key}`' for key in row)}: rename the one that asks"
             )
         kept = {key: value for key, value in row.items() if key not in _SOURCES}
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else _plain(asked)
@@ -43,5 +45,8 @@ def question_answer(
 
 
 def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Role and content alone: of two rows with different further keys, a data set gives both all of them, as None."""
+    """The messages with role and content only.
+
+    A dataset gives all of its examples the same keys, so a message may have a key of another example, with the value None.
+    """
     return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -1,4 +1,4 @@
-"""Rewards a completion whose final number is the row's."""
+"""A reward for completions whose final number is the right one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from axolotl_brainstacks.rewards.text import Completion, column, marked_answers, text_of
 
-_LONGEST = 20_000  # characters that are read of a completion, counted from its end
+_LONGEST = 20_000  # only so many characters at a completion's end are read
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-# No number: digits of a name (x2), an index or an exponent (m^2, x_{1}, 2**3), and what carries one (10^3).
-# A sign after a closing bracket or a letter is a minus between two terms.
+# Not numbers: digits of a name (x2), an index or exponent (m^2, x_{1}, 2**3), and the base of an exponent (10^3).
+# A sign after a closing bracket or a letter is a minus between two terms, not a part of the number.
 _NUMBER = re.compile(
     rf"""
     (?<![\w.^]) (?<![\^_][-+{{]) (?<!\d\*\*)
@@ -25,16 +25,18 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-\d.,]+)\s*\}\s*\{\s*([-\d.,]+)\s*\}")
-_SUM = re.compile(r"(?:[\s\d.,+*/()$€£\u00d7\u00f7x-]*=)*")  # in front of its result
+_SUM = re.compile(r"(?:[\s\d.,+*/()$€£\u00d7\u00f7x-]*=)*")  # a calculation up to the equals sign before its result
 _SPELLINGS = [("\u2212", "-"), ("{,}", ","), ("\\!", ""), ("\\,", ""), ("\\$", "$"), ("\\%", "%")]
 
 
 class Number(NamedTuple):
+    """A number as written in a text: its exact value, and whether a percent sign follows it."""
+
     value: Fraction
     percent: bool
 
     def same(self, other: Number) -> bool:
-        """Exact equality; a percent sign may be read as a unit or as a hundredth: 50% is 50, 0.5 and 1/2."""
+        """Whether the two are exactly equal; a percent sign may count as a unit or as a hundredth: 50% equals 50 and 1/2."""
         if self.percent == other.percent:
             return self.value == other.value
         share, plain = (self, other) if self.percent else (other, self)
@@ -42,15 +44,24 @@ class Number(NamedTuple):
 
 
 def numeric_answer(prompts: list[Any], completions: list[Completion], **columns: list[Any]) -> list[float | None]:
-    r"""1.0 where the completion's final number equals the column ``answer``, else 0.0.
+    r"""Return 1.0 if the completion's final number equals the column ``answer``, else 0.0.
 
-    The final number is the first one after the last ``####``, ``\boxed{`` or "answer is" (of a sum, its result), or else
-    the last one of all. Numbers may have signs, commas between thousands, decimals, exponents, a currency in front, and a
-    percent sign or a unit behind; fractions and mixed numbers are read too, in LaTeX as well. They are compared exactly,
-    without rounding. A text in ``answer`` is read in the same way, so a worked solution will do. Rows whose answer holds
-    no number give None.
+    The final number is the first one after the last ``####``, ``\boxed{`` or "answer is"; if a calculation stands there, it
+    is the result. Without such a marker it is the last number of all. A number may have a sign, commas between thousands,
+    decimals, an exponent, a currency before it, and a percent sign or a unit after it; fractions and mixed numbers count too,
+    also in LaTeX. Numbers are compared exactly, without rounding. A text in ``answer`` is read in the same way, so it may be a
+    worked solution.
 
-    Raises ValueError when the data have no column ``answer``.
+    Args:
+        prompts: not used.
+        completions: the completions to score.
+        columns: the data's columns, with one entry per completion.
+
+    Returns:
+        One reward per completion; None if its ``answer`` has no number.
+
+    Raises:
+        ValueError: if the data have no column ``answer``.
     """
     answers = column(columns, "answer", "numeric_answer")
     return [_reward(completion, answer) for completion, answer in zip(completions, answers, strict=True)]
@@ -67,7 +78,7 @@ def _reward(completion: Completion, answer: Any) -> float | None:
 
 
 def final_number(text: str) -> Number | None:
-    """The number that `text` ends in or names as its answer; None if it holds none."""
+    """The number that `text` names as its answer, or else the last one in it; None if it has no number."""
     text = _plain(text[-_LONGEST:])
     for tail in marked_answers(text):
         if match := _NUMBER.search(_SUM.sub("", tail, count=1)):
@@ -77,7 +88,7 @@ def final_number(text: str) -> Number | None:
 
 
 def _plain(text: str) -> str:
-    """`text` with LaTeX's spellings of numbers as plain ones."""
+    """`text` with numbers that LaTeX spells in its own way written plainly."""
     for spelling, plain in _SPELLINGS:
         text = text.replace(spelling, plain)
     text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} is a mixed number
@@ -85,11 +96,12 @@ def _plain(text: str) -> str:
 
 
 def _value(match: re.Match[str]) -> Number | None:
-    number, denominator = (
-        match[group].replace(",", "") if match[group] else "1" for group in ("number", "denominator")
-    )
+    number = match["number"].replace(",", "")
+    denominator = (match["denominator"] or "1").replace(",", "")
     whole = match["whole"] or "0"
-    if len(match[0]) > 400 or Fraction(denominator) == 0:  # longer ones are no answers, and slow to compute with
+    if (
+        len(match[0]) > 400 or Fraction(denominator) == 0
+    ):  # a longer number is no answer, and exact arithmetic is slow on it
         return None
     value = Fraction(whole) + Fraction(number) / Fraction(denominator)
     negative = "-" in (match["sign"], match["inner_sign"])

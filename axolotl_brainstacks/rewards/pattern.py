@@ -1,4 +1,4 @@
-"""Rewards a completion that has the asked form."""
+"""A reward for completions that match a regular expression."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ import regex
 from axolotl_brainstacks.rewards.text import Completion, text_of
 
 ANSWER_AT_END = r"####[ \t]*\S[^\n]*\Z"
-SECONDS = 0.5  # for one match; patterns exist that take hours, which `re` cannot interrupt
+SECONDS = 0.5  # for one match. Some patterns take hours on some texts; `regex` can stop at a time limit, `re` cannot
 
 
 def answer_format(prompts: list[Any], completions: list[Completion], **columns: list[Any]) -> list[float | None]:
-    """1.0 where the row's regular expression, the column ``pattern``, is found in the completion, else 0.0.
+    """Return 1.0 if the regular expression in the column ``pattern`` matches somewhere in the completion, else 0.0.
 
-    Without one the completion must end with ``#### <answer>``. Anchor a pattern with ``^`` and ``$`` where all of the
-    completion has to match; flags go into it, e.g. ``(?s)``. White space around the completion is dropped before. A match
-    that takes longer than `SECONDS` counts as none.
+    Without a pattern the completion has to end with ``#### <answer>``. A pattern for the whole completion needs ``^`` and
+    ``$``; flags are written into the pattern, e.g. ``(?s)``. White space at both ends of the completion is removed first. A
+    match that takes longer than `SECONDS` does not count.
 
-    Raises ValueError when a pattern is no regular expression.
+    Args:
+        prompts: not used.
+        completions: the completions to score.
+        columns: the data's columns, with one entry per completion.
+
+    Returns:
+        One reward per completion.
+
+    Raises:
+        ValueError: if a pattern is not a regular expression.
     """
     patterns = columns.get("pattern") or [None] * len(completions)
     rows = zip(completions, patterns, strict=True)

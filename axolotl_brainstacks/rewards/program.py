@@ -1,4 +1,4 @@
-"""Rewards a completion whose Python program passes the row's tests; the program runs in a sandbox."""
+"""A reward for completions whose Python program passes its example's tests; the program runs in a sandbox."""
 
 from __future__ import annotations
 
@@ -16,21 +16,30 @@ _AT_ONCE = 4
 
 
 def python_tests(prompts: list[Any], completions: list[Completion], **columns: list[Any]) -> list[float | None]:
-    """1.0 where the completion's program passes all of the column ``tests``, else 0.0: a half-right program is wrong.
+    """Return 1.0 if the completion's program passes all tests in the column ``tests``, else 0.0.
 
-    ``tests`` is Python source with ``assert`` statements, or a list of such sources. With the optional column
-    ``entry_point``, the name of the function that is asked for, tests may define ``check(candidate)`` as HumanEval does; a
-    prompt that is a plain text and begins that function is put in front of a completion that only continues it. The
-    program is all Python in fenced blocks, or without any the whole completion. Rows without tests give None.
+    ``tests`` is Python source with ``assert`` statements, or a list of such sources. The optional column ``entry_point`` names
+    the function that the prompt asks for. With it, tests may define ``check(candidate)`` as HumanEval does, and a plain-text
+    prompt that begins the function is put before a completion that only continues it. The program is all Python in fenced
+    blocks, or, without any, the whole completion.
 
-    Programs run in processes of their own, several at a time, with Python's standard library alone, and limits on time,
-    memory and files (`axolotl_brainstacks.rewards.sandbox.Limits`); see `axolotl_brainstacks.rewards.sandboxed` for what
-    they cannot do. At least one assert has to run. Tests use Python's own ``abs``, ``len`` and so on, whatever the program
-    calls so, except for ``entry_point``; an object that claims to equal everything equals nothing in them. A program that
-    searches its own process for the tests' source can still find it.
+    Each program runs in its own process, several at a time, with Python's standard library only and limits on time, memory
+    and files (`axolotl_brainstacks.rewards.sandbox.Limits`); `axolotl_brainstacks.rewards.sandboxed` says what it cannot do.
+    At least one assert has to run. Tests use Python's own ``abs``, ``len`` and so on even if the program redefines them, except
+    for ``entry_point``, and an object of the program that claims to equal everything equals nothing. A program that searches
+    its own process for the tests' source can still find it.
 
-    Raises ValueError when the data have no column ``tests``, or tests that are no Python or have no assert, and
-    RuntimeError when this machine does not permit the isolation.
+    Args:
+        prompts: the prompts, for completions that continue a function.
+        completions: the completions to score.
+        columns: the data's columns, with one entry per completion.
+
+    Returns:
+        One reward per completion; None if it has no tests.
+
+    Raises:
+        ValueError: if the data have no column ``tests``, or tests are not Python or have no assert.
+        RuntimeError: if this machine does not permit the isolation.
     """
     tests = column(columns, "tests", "python_tests")
     entries = columns.get("entry_point") or [None] * len(tests)
@@ -38,12 +47,14 @@ def python_tests(prompts: list[Any], completions: list[Completion], **columns: l
         (_program(text_of(completion), prompt, entry), _tests(source, entry)) if source else None
         for prompt, completion, source, entry in zip(prompts, completions, tests, entries, strict=True)
     ]
+    # After the data are parsed, so that mistakes in them show on every machine.
     require_isolation()
     with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda job: job and float(passes(*job)), jobs))
 
 
 def _program(text: str, prompt: Any, entry_point: str | None) -> str:
+    """The program in a completion's text, completed with the prompt if it only continues that."""
     blocks = _FENCED.findall(text)
     python = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
     code = "\n".join(python or [code for language, code in blocks if not language]) if blocks else text
@@ -53,6 +64,7 @@ def _program(text: str, prompt: Any, entry_point: str | None) -> str:
 
 
 def _tests(source: str | list[str], entry_point: str | None) -> Tests:
+    """Compile tests so that the sandbox counts their asserts and checks their comparisons."""
     text = source if isinstance(source, str) else "\n".join(source)
     try:
         tree = ast.parse(text)
@@ -76,7 +88,7 @@ def _tests(source: str | list[str], entry_point: str | None) -> Tests:
 
 
 class _Watched(ast.NodeTransformer):
-    """Counts the asserts that run, and compares with `__same__` in place of == and !=; the sandbox defines both."""
+    """Rewrites tests: asserts call `__counted__`, and == and != call `__same__`. The sandbox defines both functions."""
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         self.generic_visit(node)

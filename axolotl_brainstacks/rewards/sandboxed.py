@@ -1,12 +1,13 @@
-"""What `axolotl_brainstacks.rewards.sandbox` starts, as a script without our package: confines itself, then runs a program.
+"""The script that `axolotl_brainstacks.rewards.sandbox` starts: it confines its own process, then runs a program in it.
 
-Confined, a program has its standard input and output closed, no environment, and within the limits of its job
+It imports only the standard library, because it starts without this package. A confined program has no environment, its
+standard input and output lead nowhere, and within the limits of its job it has
 
-- no network: network and user namespaces of its own, and no sockets;
-- no files but those in its folder, which is a small file system in memory: all others are read-only;
-- no other process: it can neither start, signal nor inspect one; threads it may have.
+- no network: it has its own network and user namespaces, and cannot make sockets;
+- no files to write except in its folder, a small file system in memory: all others are read-only;
+- no other processes: it cannot start, signal or inspect one. It may start threads.
 
-It can read what its user may read; nothing of that can leave but one bit, whether the tests pass.
+It can read what its user may read, but it can pass on only one bit: whether the tests pass.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ from pathlib import Path
 from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# The functions below keep these whatever a program makes of the module `builtins`.
+# The functions below use this copy, so a program that changes the module `builtins` does not affect them.
 __builtins__ = dict(vars(builtins))  # type: ignore[assignment]
 
 
 def main(answer: int) -> None:
-    """`answer` is the file descriptor for the verdict; the job comes on standard input."""
+    """Read the job from standard input, confine this process, and run the job.
+
+    Args:
+        answer: file descriptor that the answer is written to.
+    """
     job_input, nowhere = os.dup(0), os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     job = marshal.loads(_receive(job_input))
@@ -48,7 +53,7 @@ def main(answer: int) -> None:
 
 
 def _receive(source: int) -> bytes:
-    """The next message: its length in four bytes, then its bytes. Reads no further."""
+    """Read the next message, four bytes of length and then its bytes, and nothing after it."""
 
     def exactly(count: int) -> bytes:
         read = b""
@@ -60,8 +65,8 @@ def _receive(source: int) -> bytes:
 
 
 def _judge(program: str, job_input: int, answer: int) -> None:
-    """Run the program, then its tests, then answer with the nonce; the program cannot reach what is read after it."""
-    # Bound here because the program may replace what it finds in modules.
+    """Run the program, then its tests, then write the nonce. Tests and nonce are still unread while the program runs."""
+    # Local names, because the program may replace functions in modules.
     receive, load, write, leave, run, make = _receive, marshal.loads, os.write, os._exit, exec, compile
     pristine, same, counted = dict(vars(builtins)), _same, 0
 
@@ -75,7 +80,7 @@ def _judge(program: str, job_input: int, answer: int) -> None:
     try:
         run(make(program, "<completion>", "exec"), names)
         tests, keep = load(receive(job_input))
-        # The tests see the program's names, but not in place of Python's own: `def abs(x): return 0` would pass many.
+        # The program's names do not hide Python's own from the tests: with `def abs(x): return 0` many tests would pass.
         seen = {name: value for name, value in names.items() if name not in pristine or name == keep}
         run(tests, seen | {"__builtins__": pristine, "__name__": "tests", "__same__": same, "__counted__": count})
         if counted:
@@ -85,15 +90,15 @@ def _judge(program: str, job_input: int, answer: int) -> None:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Whether left == right, and not because the program's own class says so of anything.
+    """Whether left == right, without trusting an `__eq__` of the program that returns True for anything.
 
-    Such a class may be compared with itself: a task can ask for it.
+    Two objects of the same class of the program may be compared by its `__eq__`, because a task can ask for such a class.
     """
     return bool(left == right) and _comparable(left, right)
 
 
 def _comparable(left: Any, right: Any) -> bool:
-    """Whether equality of the two, which are equal, rests on Python's own types, or on one type of the program."""
+    """Whether two equal objects are equal by Python's own types, or by one and the same class of the program."""
     if type(left) is not type(right):
         return _honest(left) and _honest(right)
     if isinstance(left, list | tuple):
@@ -104,7 +109,7 @@ def _comparable(left: Any, right: Any) -> bool:
 
 
 def _honest(value: Any) -> bool:
-    """Whether no object in `value` has a comparison that the program defined."""
+    """Whether no object in `value` has an `__eq__` that the program defined."""
     if isinstance(value, dict):
         return _honest(list(value)) and _honest(list(value.values()))
     own = any("__eq__" in vars(kind) and _of_program(kind) for kind in type(value).__mro__)
@@ -112,7 +117,7 @@ def _honest(value: Any) -> bool:
 
 
 def _of_program(kind: type) -> bool:
-    """Python's own classes are built in, or found under their name in another module."""
+    """Whether the program defined a class. Python's own are built in, or are found under their name in another module."""
     found: Any = sys.modules.get(kind.__module__)
     for part in kind.__qualname__.split("."):
         found = getattr(found, part, None)
@@ -121,6 +126,7 @@ def _of_program(kind: type) -> bool:
 
 
 def _limit(job: dict[str, Any]) -> None:
+    """Set the kernel's limits on this process; they cannot be raised again."""
     for kind, limit in (
         (resource.RLIMIT_CPU, job["cpu_seconds"]),
         (resource.RLIMIT_AS, job["memory_bytes"]),
@@ -134,6 +140,7 @@ def _limit(job: dict[str, Any]) -> None:
 
 
 def _call(function: Callable[..., int], name: str, *arguments: Any) -> None:
+    """Call a function of the C library. Raises OSError with its name if it fails."""
     if function(*arguments) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
@@ -144,7 +151,7 @@ class _MountAttributes(ctypes.Structure):
 
 
 def _own_namespaces(disk_bytes: int) -> None:
-    """New user, network, IPC and mount namespaces, in which all is read-only but an empty folder here."""
+    """Enter new user, network, IPC and mount namespaces, in which only the working directory, empty, can be written."""
     user, group, folder = os.geteuid(), os.getegid(), os.fsencode(Path.cwd())
     try:
         os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET | os.CLONE_NEWIPC | os.CLONE_NEWNS)
@@ -158,12 +165,13 @@ def _own_namespaces(disk_bytes: int) -> None:
     _call(_libc.syscall, "mount_setattr", mount_setattr, at_cwd, b"/", recursive, ctypes.byref(attributes), size)
     _call(_libc.mount, "mount", b"tmpfs", folder, b"tmpfs", 0, b"size=%d,mode=700" % disk_bytes)
     os.chdir(folder)
-    # With the capabilities it has in these namespaces it could mount anew.
+    # In its own user namespace the process has all capabilities, and could mount the files writable again. It drops them.
     version_3, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     _call(_libc.capset, "capset", version_3, nothing)
 
 
-# A thread's clone is allowed; clone3 hides its flags from a filter, and libraries fall back on clone when there is none.
+# Threads need `clone`. A filter cannot read the flags of `clone3`, so `clone3` appears to be missing, and C libraries then
+# use `clone`.
 _COMMON = {"clone3": 435, "io_uring_setup": 425, "pidfd_send_signal": 424, "pidfd_open": 434, "pidfd_getfd": 438}
 _X86_64 = _COMMON | {
     **{"socket": 41, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "kill": 62, "tkill": 200},
@@ -179,12 +187,15 @@ _AARCH64 = _COMMON | {
     **{"setns": 268, "memfd_create": 279, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282, "add_key": 217},
     **{"request_key": 218, "keyctl": 219},
 }
-# By machine: its number in audit records, and the numbers of the system calls that are refused.
+# By machine: its number in seccomp data (AUDIT_ARCH), and the numbers of the system calls that are refused.
 _MACHINES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 
 
 def _forbid_system_calls() -> None:
-    """A seccomp filter that refuses processes, sockets (those in the file system too), signals, and ways around it."""
+    """Install a seccomp filter that refuses new processes, sockets, signals, and system calls that could evade it.
+
+    It refuses Unix sockets too, because the network namespace does not cover those in the file system.
+    """
     machine = platform.machine()
     if machine not in _MACHINES or sys.byteorder != "little":
         raise OSError(errno.ENOSYS, f"no list of system calls for {machine}")
@@ -193,9 +204,9 @@ def _forbid_system_calls() -> None:
     number, architecture, first_argument = 0, 4, 16  # offsets in seccomp_data
     allow, kill, refuse, absent = 0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
     thread = 0x10000
-    # Each is code, instructions to skip if true, if false, operand.
+    # An instruction of classic BPF: code, instructions to skip if true, instructions to skip if false, operand.
     filters = [(load, 0, 0, architecture), (equal, 1, 0, audit), (verdict, 0, 0, kill), (load, 0, 0, number)]
-    if machine == "x86_64":  # the x32 calls
+    if machine == "x86_64":  # the x32 ABI offers all system calls again, under numbers that the list below lacks
         filters += [(at_least, 0, 1, 0x40000000), (verdict, 0, 0, refuse)]
     for name, call in numbers.items():
         if name != "clone":
