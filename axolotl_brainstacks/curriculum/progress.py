@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import datasets
 import huggingface_hub.utils
 import transformers.utils.logging
+from axolotl.utils.tee import file_only_stream
 from rich.console import Console
 from rich.control import Control
 from rich.segment import ControlType
@@ -61,29 +63,39 @@ class Display:
     def _erase(self) -> None:
         self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
 
+
+class _Log(logging.Filter):
+    """Lets a log record clear the line that is drawn; drops what Axolotl's trainers say at every evaluation and checkpoint.
+
+    The latter stays in Axolotl's log file, which has handlers of its own.
+    """
+
+    def __init__(self, display: Display, everything: bool) -> None:
+        super().__init__()
+        self.display, self.everything = display, everything
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not self.everything and record.levelno <= logging.INFO and record.name.startswith("axolotl.core.trainers"):
+            return False
+        self.display.clear()
+        return True
+
     @contextmanager
-    def below_the_log(self) -> Iterator[None]:
-        """While inside, a log record first clears the line; afterwards it is gone."""
-        above = _ClearFirst(self)
-        handlers = [*logging.getLogger().handlers, *logging.getLogger("axolotl").handlers]
+    def watching(self) -> Iterator[None]:
+        """While inside, the log's handlers of the terminal have this filter."""
+        handlers = [
+            handler
+            for logger in (logging.getLogger(), logging.getLogger("axolotl"))
+            for handler in logger.handlers
+            if getattr(handler, "stream", None) is not file_only_stream
+        ]
         for handler in handlers:
-            handler.addFilter(above)
+            handler.addFilter(self)
         try:
             yield
         finally:
             for handler in handlers:
-                handler.removeFilter(above)
-            self.clear()
-
-
-class _ClearFirst(logging.Filter):
-    def __init__(self, display: Display) -> None:
-        super().__init__()
-        self.display = display
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self.display.clear()
-        return True
+                handler.removeFilter(self)
 
 
 class Progress(TrainerCallback):
@@ -92,11 +104,11 @@ class Progress(TrainerCallback):
     Args:
         title: what trains, such as ``math 1/2``.
         guard: has to come before it among the trainer's callbacks, and knows the best so far.
-        dictionaries: print all metrics that reporters get, too.
+        everything: print all metrics that reporters get, and leave nothing out of the log.
     """
 
-    def __init__(self, title: str, guard: Guard, dictionaries: bool = False) -> None:
-        self.title, self.guard, self.dictionaries = title, guard, dictionaries
+    def __init__(self, title: str, guard: Guard, everything: bool = False) -> None:
+        self.title, self.guard, self.everything = title, guard, everything
         self.measure = guard.objective.key.removeprefix("eval_")
         self.display = Display()
         self.training: float | None = None
@@ -107,6 +119,17 @@ class Progress(TrainerCallback):
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         trainer.add_callback(self)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """While inside, the log and the line that follows the steps keep out of each other's way; afterwards it is gone."""
+        with _Log(self.display, self.everything).watching(), warnings.catch_warnings():
+            # Once an evaluation, on every machine without a GPU.
+            warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+            try:
+                yield
+            finally:
+                self.display.clear()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,7 +147,7 @@ class Progress(TrainerCallback):
         logs = kwargs["logs"]
         ending = f"/{self.measure}"  # the metrics carry domain and round
         self.training = next((value for key, value in logs.items() if key.endswith(ending)), self.training)
-        if self.dictionaries and state.is_world_process_zero:
+        if self.everything and state.is_world_process_zero:
             shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in logs.items()}
             self.display.write(str(shown))
 

@@ -74,7 +74,7 @@ class Round(TrainerCallback):
             if checkpoint is not None:
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
                 guard.resume(checkpoint)
-            with full_disk_named(Path(cfg.output_dir)), self.progress.display.below_the_log():
+            with full_disk_named(Path(cfg.output_dir)), self.progress.shown():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not guard.ended(trainer.state):
                 self.session.interruption.leave_if_received()
