@@ -177,11 +177,6 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str, bool]] = {
         False,
     ),
     "after loading": (second(sequence_len=2), "The datasets of domain `math` .*(`sequence_len`|check)", False),
-    "no such layer": (
-        lambda config: config.update(lora_target_linear=False, lora_target_modules=["q_proj", "nope"]),
-        "`lora_target_modules` names 'nope'",
-        False,
-    ),
     "damaged manifest": (damaged, "manifest.json", True),
     "missing stack": (without_a_stack, "s001_chat.* is missing.*restore", True),
 }
@@ -229,7 +224,7 @@ def test_real_commands_end_in_one_line_and_leave_nothing_behind(
         (["train", "--launcher", "python"], "wrong key"),
         (["train", "--launcher", "python"], "after loading"),
         (["train", "--launcher", "python"], "damaged manifest"),
-        (["train", "--launcher", "python"], "no such layer"),
+        (["train", "--launcher", "python"], "missing stack"),
         (["preprocess"], "bad name"),
         (["preprocess"], "no such file"),
         (["inference", "--launcher", "python"], "missing library"),
@@ -259,6 +254,17 @@ def test_two_ranks_say_it_once(tiny_llama_dir: Path, trained: Path, tmp_path: Pa
         before = tree(folder)
         assert_one_line(finish(start_ranks(config, folder, debug=False), folder, expect=1), message)
         assert tree(folder) == before
+
+
+def test_rows_that_were_found_good_need_not_be_prepared_again(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """The mistake shows when the base model is there; all else that the run has made goes."""
+    config = tiny_config(tiny_llama_dir, tmp_path, ["chat"])
+    config |= {"lora_target_linear": False, "lora_target_modules": ["q_proj", "nope"]}
+    before = tree(tmp_path)
+    assert_one_line(train(config, tmp_path, expect=1, debug=False), "`lora_target_modules` names 'nope'")
+    after = tree(tmp_path)
+    assert {path for path in after if not path.startswith("rows")} == set(before)
+    assert any(path.endswith(".arrow") for path in after)
 
 
 def test_what_was_there_before_is_never_removed(tiny_llama_dir: Path, trained: Path, tmp_path: Path) -> None:
