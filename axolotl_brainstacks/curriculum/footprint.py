@@ -26,7 +26,7 @@ class Footprint:
     """
 
     def __init__(self, plan: Plan) -> None:
-        output = Path(plan.raw["output_dir"])
+        self.output = output = Path(plan.raw["output_dir"]).absolute()
         self.library = plan.library_path
         self.made = _missing([output, output / DEBUG_LOG, self.library])
         self.prepared = _missing(_prepared_folders(plan))
@@ -48,8 +48,8 @@ class Footprint:
 
     def erase(self) -> None:
         """Remove what this run has made, unless it has begun to train a domain, or another run is writing the library."""
-        if _rounds(self.library) != self.trained:
-            return
+        if _rounds(self.library) != self.trained or any(self.output.glob("stages/*/checkpoint-*")):
+            return  # the library alone does not tell: it may be on another node
         with ExitStack() as stack:
             if Library.exists(self.library):
                 try:
