@@ -7,6 +7,8 @@ printed then, and an error has its traceback.
 
 import multiprocessing
 import os
+import pty
+import select
 import socket
 import sys
 import time
@@ -33,7 +35,7 @@ def _run(command: Command, config: str, log: str, environment: dict[str, str], d
         os.dup2(file.fileno(), 2)
     sys.argv = ["axolotl"]
     os.environ |= environment
-    if environment:
+    if "RANK" in environment:
         os.chdir(environment["PWD"])
         import launch_cpu  # noqa: F401
     try:
@@ -73,10 +75,13 @@ def _start(
     folder: Path,
     environments: Sequence[dict[str, str]],
     debug: bool,
+    terminal: str | None = None,
 ) -> list[ForkServerProcess]:
     path = write_config(config, folder)
     processes = [
-        _CONTEXT.Process(target=_run, args=(command, str(path), str(folder / "train.log"), environment, debug))
+        _CONTEXT.Process(
+            target=_run, args=(command, str(path), terminal or str(folder / "train.log"), environment, debug)
+        )
         for environment in environments
     ]
     for process in processes:
@@ -89,6 +94,21 @@ def start_train(
 ) -> ForkServerProcess:
     """Start training `config` in one process; what it prints is appended to `folder/train.log`."""
     return _start(command, config, folder, [{}], debug)[0]
+
+
+def train_on_terminal(config: dict[str, Any], folder: Path, environment: dict[str, str]) -> str:
+    """Train in one process with a pseudo-terminal for stdout and stderr; what the process has written to it."""
+    master, terminal = pty.openpty()
+    written = []
+    (process,) = _start("train", config, folder, [environment], False, os.ttyname(terminal))
+    while process.is_alive() or select.select([master], [], [], 0)[0]:
+        if select.select([master], [], [], 0.2)[0]:
+            written.append(os.read(master, 65536))
+    os.close(master)
+    os.close(terminal)
+    output = b"".join(written).decode()
+    assert process.exitcode == 0, output[-6000:]
+    return output
 
 
 def start_ranks(

@@ -1,12 +1,7 @@
 """What a person sees of `axolotl train`: progress, mistakes in one line; and that a refused run leaves nothing behind."""
 
-import os
-import pty
 import re
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from models import base_config, chat_dataset, cli_environment, run_axolotl, write_rows
-from processes import finish, start_ranks, train
+from models import base_config, chat_dataset, run_axolotl, write_rows
+from processes import finish, start_ranks, train, train_on_terminal
 
 from axolotl_brainstacks import errors
 from axolotl_brainstacks.curriculum.progress import duration
@@ -59,67 +54,47 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 # Progress
 
 
-def run_on_a_terminal(arguments: list[str], cwd: Path, env: dict[str, str]) -> str:
-    """Run `axolotl` with a pseudo-terminal for stdin, stdout and stderr; what it has written to it."""
-    master, terminal = pty.openpty()
-    written: list[bytes] = []
-
-    def read() -> None:
-        while True:
-            try:
-                data = os.read(master, 65536)
-            except OSError:  # the other end is closed
-                return
-            if not data:
-                return
-            written.append(data)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("axolotl"), *arguments],
-        cwd=cwd, env=cli_environment(env), stdin=terminal, stdout=terminal, stderr=terminal,
-    )  # fmt: skip
-    os.close(terminal)
-    status = process.wait(600)
-    reader.join(60)
-    os.close(master)
-    output = b"".join(written).decode()
-    assert status == 0, output[-6000:]
-    return output
+@pytest.fixture(scope="module")
+def on_a_terminal(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a training has written to a terminal, and its folder."""
+    folder = tmp_path_factory.mktemp("terminal")
+    environment = {"TERM": "xterm", "COLUMNS": "100", "NO_COLOR": "", "AXOLOTL_TEE_STDOUT": "1"}
+    return train_on_terminal(tiny_config(tiny_llama_dir, folder, ["chat"]), folder, environment), folder
 
 
-@pytest.mark.slow
-def test_progress_on_a_terminal_without_colour_and_in_a_file(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """The same training three times, side by side."""
-    terminal = {"TERM": "xterm", "COLUMNS": "100", "AXOLOTL_TEE_STDOUT": "1"}
+def assert_told(output: str) -> None:
+    """A line for each evaluation, and nothing of the Trainer's own."""
+    found = evaluations(output)
+    assert [match[1] for match in found] == ["0", "2", "4"]
+    assert found[0][3] == "start" and not found[0][4] and found[1][4] and not found[2][4]
+    for unwanted in ("chat/round1/", "train_runtime", "it/s]"):
+        assert unwanted not in output
 
-    def run(number: int) -> str:
-        folder = tmp_path / str(number)
-        config = tiny_config(tiny_llama_dir, folder, ["chat"])
-        (folder / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
-        command = ["train", "config.yml", "--launcher", "python"]
-        if number == 2:
-            return run_axolotl(command, folder, {"TERM": "xterm"})
-        return run_on_a_terminal(command, folder, terminal | ({"NO_COLOR": "1"} if number else {}))
 
-    with ThreadPoolExecutor() as pool:
-        live, plain, piped = pool.map(run, range(3))
-    # On a terminal one more line follows the steps, and is erased before any other one is written.
-    assert "\r\x1b[2K" in live
-    assert re.search(r"\r\x1b\[2K[━─]{20} · chat 1/1 · step \d/4 · loss \d\.\d{3} · best", live)
-    on_screen = "\n".join(line.rpartition("\x1b[2K")[2] for line in live.splitlines())
-    for output in (on_screen, plain, piped):
-        found = evaluations(output.replace("\r\n", "\n"))
-        assert [match[1] for match in found] == ["0", "2", "4"]
-        assert found[0][3] == "start" and not found[0][4] and found[1][4] and not found[2][4]
-        assert "chat/round1/" not in output and "train_runtime" not in output
-        assert "Running evaluation step" not in output
-    assert "[2K" not in plain and "━" not in plain
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", piped), "control characters in a file"
-    # Axolotl's own log file has the lines that stay, and all of its own.
-    kept = (tmp_path / "0" / "runs/out/debug.log").read_text()
-    assert len(evaluations(kept)) == 3 and "\x1b[2K" not in kept and "Running evaluation step" in kept
+def test_on_a_terminal_one_more_line_follows_the_steps(on_a_terminal: tuple[str, Path]) -> None:
+    output, _ = on_a_terminal
+    assert re.search(r"\r\x1b\[2K[━─]{20} · chat 1/1 · step \d/4 · .*best \d", output)
+    # It is erased before any other line is written.
+    assert_told("\n".join(line.rpartition("\x1b[2K")[2] for line in output.splitlines()))
+    assert not output.rstrip().endswith("left")
+
+
+def test_axolotls_log_file_has_the_lines_that_stay(on_a_terminal: tuple[str, Path]) -> None:
+    kept = (on_a_terminal[1] / "runs/out/debug.log").read_text()
+    assert len(evaluations(kept)) == 3 and "\x1b" not in kept and "Running evaluation step" in kept
+
+
+def test_plain_lines_where_no_color_asks_for_them(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    environment = {"TERM": "xterm", "NO_COLOR": "1"}
+    output = train_on_terminal(tiny_config(tiny_llama_dir, tmp_path, ["chat"]), tmp_path, environment)
+    assert_told(output.replace("\r\n", "\n"))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", output.replace("\r\n", "\n")) and "━" not in output
+
+
+def test_plain_lines_in_a_file(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    output = train(tiny_config(tiny_llama_dir, tmp_path, ["chat"]), tmp_path, debug=False)
+    assert_told(output)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", output)
 
 
 def test_one_of_two_ranks_tells_the_progress(tiny_llama_dir: Path, tmp_path: Path) -> None:
