@@ -51,6 +51,21 @@ def on_main[T](action: Callable[[], T]) -> T:
     return box[0]
 
 
+def on_every_rank[T](action: Callable[[], T]) -> T:
+    """Run `action` on every rank. Raises ValueError on all of them when any raises one: the first rank's."""
+    if world()[1] == 1:
+        return action()
+    mistake, result = None, []
+    try:
+        result.append(action())
+    except ValueError as error:
+        mistake = str(error)
+    first = next((found for found in gather_objects(mistake) if found is not None), None)
+    if first is not None:
+        raise ValueError(first)
+    return result[0]
+
+
 def gather_objects[T](value: T) -> list[T]:
     """The `value` of every process, in the order of their ranks. Every process must call this."""
     if world_size() == 1:

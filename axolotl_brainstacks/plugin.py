@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 
+from axolotl_brainstacks import errors
+
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
     from axolotl.utils.dict import DictDefault
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, Trainer
 
+    from axolotl_brainstacks.curriculum.footprint import Footprint
     from axolotl_brainstacks.curriculum.plan import Plan
     from axolotl_brainstacks.curriculum.preflight import TrainingRun
 
@@ -24,7 +27,8 @@ SUPPORTED = ((0, 21), (0, 22))
 class BrainstacksPlugin(BasePlugin):
     """Inert unless the config says `adapter: brainstacks`.
 
-    plan: the checked config. run: what training it takes, once the data are loaded.
+    plan: the checked config. run: what training it takes, once the data are loaded. footprint: what the run may make
+    before it is refused.
     """
 
     def __init__(self) -> None:
@@ -32,6 +36,7 @@ class BrainstacksPlugin(BasePlugin):
         super().__init__()
         self.plan: Plan | None = None
         self.run: TrainingRun | None = None
+        self.footprint: Footprint | None = None
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER)]
@@ -40,12 +45,21 @@ class BrainstacksPlugin(BasePlugin):
         return "axolotl_brainstacks.args.BrainstacksArgs"
 
     def register(self, cfg: dict[str, Any]) -> None:
-        self.plan = self.run = None
+        self.plan = self.run = self.footprint = None
+        errors.uninstall()
+        if cfg.get("adapter") != ADAPTER and not cfg.get("brainstacks"):
+            return
+        if not cfg.get("debug"):
+            errors.install(self._clean_up)
         if cfg.get("adapter") == ADAPTER:
+            from axolotl_brainstacks.curriculum.footprint import Footprint
             from axolotl_brainstacks.curriculum.plan import Plan
+            from axolotl_brainstacks.curriculum.progress import bars_for_terminals_only
 
+            bars_for_terminals_only()
             self.plan = Plan.prepare(cfg)
-        elif cfg.get("brainstacks"):
+            self.footprint = Footprint(self.plan)
+        else:
             raise ValueError(
                 f"`brainstacks:` is set but `adapter:` is {cfg.get('adapter') or 'missing'}; write `adapter: brainstacks`"
             )
@@ -56,6 +70,8 @@ class BrainstacksPlugin(BasePlugin):
         from axolotl_brainstacks.curriculum.preflight import TrainingRun
 
         self.run = TrainingRun.prepare(self.plan, preprocess)
+        if self.footprint:
+            self.footprint.keep_prepared()
         return self.run.first_datasets
 
     def pre_lora_load(self, cfg: DictDefault, model: PreTrainedModel) -> None:
@@ -71,6 +87,10 @@ class BrainstacksPlugin(BasePlugin):
         from axolotl_brainstacks.curriculum.build import build_adapter
 
         return build_adapter(model, cfg, self.plan)
+
+    def _clean_up(self) -> None:
+        if self.footprint:
+            self.footprint.erase()
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         return self.run.training_args(cfg) if self.run else None

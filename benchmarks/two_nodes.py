@@ -122,6 +122,7 @@ def main() -> None:
         one = folder / "out" / "library"
         two = folder / "two"
         apart = config | {"output_dir": str(two / "out"), "dataset_prepared_path": str(two / "out" / "prepared")}
+        apart["debug"] = True  # every metric is in the log then
         library = two / ("disk0" if options.unshared else "out") / "library"
         if options.unshared:
             run(nodes, apart, two, True, stop_at="code/round1/loss")

@@ -1,11 +1,14 @@
 """Runs what `axolotl train` and `brainstacks-router` run, each time in fresh processes, without importing each time.
 
 A fork server imports Axolotl once; every process of a run is a fork of it, and can be killed. What a run prints is
-appended to one log file.
+appended to one log file. Training runs with `--debug` unless a test looks at what a user sees without: every metric is
+printed then, and an error has its traceback.
 """
 
 import multiprocessing
 import os
+import pty
+import select
 import signal
 import socket
 import sys
@@ -26,7 +29,7 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def _run(command: Command, config: str, log: str, environment: dict[str, str]) -> None:
+def _run(command: Command, config: str, log: str, environment: dict[str, str], debug: bool) -> None:
     os.setsid()  # a process group of its own: `kill_children` ends the data loaders' workers too
     # A child of the fork server would start its data loaders' workers from scratch; Axolotl's own processes fork them.
     multiprocessing.set_start_method("fork", force=True)
@@ -35,13 +38,21 @@ def _run(command: Command, config: str, log: str, environment: dict[str, str]) -
         os.dup2(file.fileno(), 2)
     sys.argv = ["axolotl"]
     os.environ |= environment
-    if environment:
+    if "RANK" in environment:
         os.chdir(environment["PWD"])
         import launch_cpu  # noqa: F401
+    try:
+        _call(command, config, debug)
+    except Exception as error:  # multiprocessing would print it in its own way
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(1) from None
+
+
+def _call(command: Command, config: str, debug: bool) -> None:
     if command == "train":
         from axolotl.cli.train import do_cli
 
-        do_cli(config)
+        do_cli(config, debug=debug)
     else:
         from axolotl_brainstacks.router_training.command import run
 
@@ -73,11 +84,18 @@ def free_port() -> int:
 
 
 def _start(
-    command: Command, config: dict[str, Any], folder: Path, environments: Sequence[dict[str, str]]
+    command: Command,
+    config: dict[str, Any],
+    folder: Path,
+    environments: Sequence[dict[str, str]],
+    debug: bool,
+    terminal: str | None = None,
 ) -> list[ForkServerProcess]:
     path = write_config(config, folder)
     processes = [
-        _CONTEXT.Process(target=_run, args=(command, str(path), str(folder / "train.log"), environment))
+        _CONTEXT.Process(
+            target=_run, args=(command, str(path), terminal or str(folder / "train.log"), environment, debug)
+        )
         for environment in environments
     ]
     for process in processes:
@@ -85,13 +103,34 @@ def _start(
     return processes
 
 
-def start_train(config: dict[str, Any], folder: Path, command: Command = "train") -> ForkServerProcess:
+def start_train(
+    config: dict[str, Any], folder: Path, command: Command = "train", debug: bool = True
+) -> ForkServerProcess:
     """Start training `config` in one process; what it prints is appended to `folder/train.log`."""
-    return _start(command, config, folder, [{}])[0]
+    return _start(command, config, folder, [{}], debug)[0]
+
+
+def train_on_terminal(config: dict[str, Any], folder: Path, environment: dict[str, str]) -> str:
+    """Train in one process with a pseudo-terminal for stdout and stderr; what the process has written to it."""
+    master, terminal = pty.openpty()
+    written = []
+    (process,) = _start("train", config, folder, [environment], False, os.ttyname(terminal))
+    while process.is_alive() or select.select([master], [], [], 0)[0]:
+        if select.select([master], [], [], 0.2)[0]:
+            written.append(os.read(master, 65536))
+    os.close(master)
+    os.close(terminal)
+    output = b"".join(written).decode()
+    assert process.exitcode == 0, output[-6000:]
+    return output
 
 
 def start_ranks(
-    config: dict[str, Any], folder: Path, nodes: Sequence[Path] = (), command: Command = "train"
+    config: dict[str, Any],
+    folder: Path,
+    nodes: Sequence[Path] = (),
+    command: Command = "train",
+    debug: bool = True,
 ) -> list[ForkServerProcess]:
     """`start_train` with two processes, as a launcher starts them.
 
@@ -106,7 +145,7 @@ def start_ranks(
         {"RANK": str(rank), "LOCAL_RANK": "0" if nodes else str(rank), "PWD": str(nodes[rank] if nodes else folder)}
         for rank in range(2)
     ]
-    return _start(command, config, folder, [shared | rank for rank in ranks])
+    return _start(command, config, folder, [shared | rank for rank in ranks], debug)
 
 
 def wait_for(processes: Sequence[ForkServerProcess], folder: Path, text: str) -> Path:
@@ -133,11 +172,13 @@ def finish(processes: Sequence[ForkServerProcess], folder: Path, expect: int = 0
     return log
 
 
-def train(config: dict[str, Any], folder: Path, expect: int = 0, timeout: float = 600) -> str:
+def train(config: dict[str, Any], folder: Path, expect: int = 0, timeout: float = 600, debug: bool = True) -> str:
     """Train to the end in one process and return the log; fails unless the exit status is `expect`."""
-    return finish([start_train(config, folder)], folder, expect, timeout)
+    return finish([start_train(config, folder, debug=debug)], folder, expect, timeout)
 
 
-def train_ranks(config: dict[str, Any], folder: Path, nodes: Sequence[Path] = (), expect: int = 0) -> str:
+def train_ranks(
+    config: dict[str, Any], folder: Path, nodes: Sequence[Path] = (), expect: int = 0, debug: bool = True
+) -> str:
     """Train to the end with two processes and return the log; fails unless both exit statuses are `expect`."""
-    return finish(start_ranks(config, folder, nodes), folder, expect)
+    return finish(start_ranks(config, folder, nodes, debug=debug), folder, expect)

@@ -16,7 +16,7 @@ from axolotl.utils.logging import get_logger
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.preview import print_plan
 from axolotl_brainstacks.curriculum.stages import DomainStage, load_domains
-from axolotl_brainstacks.distributed import check_same, is_main, on_each_node, on_main, shared_by_all
+from axolotl_brainstacks.distributed import check_same, is_main, on_each_node, on_every_rank, on_main, shared_by_all
 from axolotl_brainstacks.library import Library, Manifest
 from axolotl_brainstacks.library.storage import record_of
 
@@ -99,7 +99,7 @@ class TrainingRun:
             print(f"Brainstacks: nothing to do, {plan.library_path} holds all domains already: {names}")
             raise SystemExit(0)
         # All data is loaded before anything trains, so that the last domain's mistakes do not show after days.
-        stages = load_domains(plan.raw, todo, plan.block, with_rl=True, training=not preprocess)
+        stages = on_every_rank(lambda: load_domains(plan.raw, todo, plan.block, with_rl=True, training=not preprocess))
         for stage in stages:
             check_same(f"The data of domain `{stage.name}`", stage.all_data, "give all nodes the same files")
         shared = shared_by_all(Path(plan.raw["output_dir"]))

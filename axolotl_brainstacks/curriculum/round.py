@@ -26,6 +26,7 @@ from axolotl_brainstacks.curriculum.build import ADAPTER_NAME
 from axolotl_brainstacks.curriculum.engine import describe, release
 from axolotl_brainstacks.curriculum.guard import Guard, Objective, evaluation_figures, last_complete_checkpoint
 from axolotl_brainstacks.curriculum.metrics import name_metrics
+from axolotl_brainstacks.curriculum.progress import Progress
 from axolotl_brainstacks.curriculum.protection import Columns, keep_out_of_others, largest_leakage
 from axolotl_brainstacks.curriculum.rl import between_generations, prepare_rl
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE
@@ -73,6 +74,7 @@ class Round(TrainerCallback):
             self._prepare_stack(cfg.seed)
             set_seed(cfg.seed)
             guard = self._guard()
+            self.progress = Progress(self._title(), guard, bool(self.ledger.plan.raw.get("debug")))
             trainer = self.trainer = self._trainer(cfg, guard)
             checkpoint = self.checkpoint = last_complete_checkpoint(Path(cfg.output_dir), guard.fingerprint)
             # The guard needs the objective before the first step. On resuming, its state file has it.
@@ -80,7 +82,7 @@ class Round(TrainerCallback):
             if checkpoint is not None:
                 LOG.info("Resuming %s, round %d, from %s", self.stage.name, self.number, checkpoint)
                 guard.resume(checkpoint)
-            with full_disk_named(Path(cfg.output_dir)):
+            with full_disk_named(Path(cfg.output_dir)), self.progress.shown():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not guard.ended(trainer.state):
                 self.session.interruption.leave_if_received()
@@ -123,6 +125,13 @@ class Round(TrainerCallback):
         loss_spike = rl.loss_spike if self.stage.rl else None
         return Guard(self.tuner, ADAPTER_NAME, rules.patience, objective, loss_spike, self._fingerprint())
 
+    def _title(self) -> str:
+        """Domain, and which of at most how many rounds; such as ``math 3/3 dpo``."""
+        supervised = len(self.earlier) if self.stage.rl else self.domain.block.boosting.max_rounds
+        supervised -= sum(record.rl is not None for record in self.earlier)
+        total = supervised + len(self.domain.rl_rounds)
+        return f"{self.stage.name} {self.number}/{total}{f' {self.stage.rl}' if self.stage.rl else ''}"
+
     def _fingerprint(self) -> str:
         """SHA-256 (hex) of all that the round trains with: the library, config, data and number of processes.
 
@@ -157,6 +166,7 @@ class Round(TrainerCallback):
             guard.resumable = partial(between_generations, trainer)
         # Before the callbacks of Axolotl and the user: the guard has to complete a checkpoint before another one reads it.
         trainer.callback_handler.callbacks[:0] = [self, guard, self.session.interruption]
+        self.progress.attach(trainer)
         name_metrics(trainer, self.tuner, self.stage.name, self.number)
         return trainer
 

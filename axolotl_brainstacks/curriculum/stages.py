@@ -32,7 +32,8 @@ LOG = get_logger(__name__)
 _STACK_KEYS = {"num_experts", "top_k", "noisy_gate", "balance_coef", "context", "null_space", "frozen_dtype"}
 # Keys that may change between a run and its resumption, because they do not change what a round learns.
 _NOT_LEARNED_FROM = {
-    *("axolotl_config_path", "brainstacks", "dataset_num_proc", "dataset_prepared_path", "logging_steps", "output_dir"),
+    *("axolotl_config_path", "brainstacks", "dataset_num_proc", "dataset_prepared_path", "debug", "logging_steps"),
+    "output_dir",
     *SAVING,
     "save_total_limit",
 }

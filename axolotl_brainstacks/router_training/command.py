@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.distributed import cleanup_distributed, init_distributed_state
 from rich.console import Console
 
@@ -38,7 +39,6 @@ def run(config: str) -> None:
         ValueError: if the config, the library or the data have a fault that the user must fix.
     """
     from axolotl.cli.config import load_cfg
-    from axolotl.cli.utils import load_model_and_tokenizer
 
     cfg = load_cfg(config, inference=True, rl=None)
     init_distributed_state()
@@ -46,6 +46,15 @@ def run(config: str) -> None:
     plugin = next((plugin for plugin in plugins if isinstance(plugin, BrainstacksPlugin) and plugin.plan), None)
     if plugin is None or plugin.plan is None:
         raise ValueError(f"{config} does not say `adapter: brainstacks`: a router belongs to a library of stacks")
+    assert plugin.footprint is not None
+    with plugin.footprint.erased_if_refused():
+        _make(cfg, plugin)
+
+
+def _make(cfg: DictDefault, plugin: BrainstacksPlugin) -> None:
+    from axolotl.cli.utils import load_model_and_tokenizer
+
+    assert plugin.plan is not None
     plan = plugin.plan = replace(plugin.plan, makes_router=True)
     state = LibraryState.same_for_all(plan)
     library = Library.open(plan.library_path)
