@@ -53,7 +53,7 @@ def on_main[T](action: Callable[[], T]) -> T:
 
 def on_every_rank[T](action: Callable[[], T]) -> T:
     """Run `action` on every rank. Raises ValueError on all of them when any raises one: the first rank's."""
-    if world()[1] == 1:
+    if world_size() == 1:
         return action()
     mistake, result = None, []
     try:

@@ -39,9 +39,7 @@ OUTCOMES = {
 
 def attack(count: int, seed: int) -> bool:
     """Print the table, and each variant that was neither refused nor harmless. Whether there was none."""
-    import fuzzed_answers
-    import fuzzed_files
-    import fuzzing
+    from support import fuzzed_answers, fuzzed_files, fuzzing
 
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -90,7 +88,7 @@ def scale(sizes: Sequence[int]) -> None:
 
 def make(path: Path, stacks: int) -> None:
     """A library of tiny stacks. Its files are written one by one and listed at once: thousands of changes would take long."""
-    from random_library import CONFIG, a_round, new_library, some_tensors
+    from support.random_library import CONFIG, a_round, new_library, some_tensors
 
     from axolotl_brainstacks.library.manifest import CONFIG as CONFIG_FILE
     from axolotl_brainstacks.library.manifest import WEIGHTS, DomainEntry, Manifest, StackEntry

@@ -16,11 +16,11 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).parents[1] / "tests")
 
-from agreement import ENGINES, comparable_config, compare, losses, shapes_hash, with_engine  # noqa: E402
-from models import tiny_llama  # noqa: E402
-from processes import train, train_ranks  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from support.agreement import ENGINES, comparable_config, compare, losses, shapes_hash, with_engine  # noqa: E402
+from support.models import tiny_llama  # noqa: E402
+from support.processes import train, train_ranks  # noqa: E402
 
 from axolotl_brainstacks.library import Library  # noqa: E402
 

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from models import base_config, chat_dataset, tiny_llama
 from peft import PeftModel
-from processes import Command, start_train
-from test_curriculum import curriculum_config, write_domain
+from support.curricula import curriculum_config, write_domain
+from support.models import base_config, chat_dataset, tiny_llama
+from support.processes import Command, start_train
 from transformers import AutoModelForCausalLM
 
 from axolotl_brainstacks.library import Library

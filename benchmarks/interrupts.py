@@ -28,9 +28,9 @@ sys.path[0] = str(Path(__file__).parents[1] / "tests")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
-from interrupts import ERRORS, interrupted, points_of  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from routed import tuner_of  # noqa: E402
+from support.interrupts import ERRORS, interrupted, points_of  # noqa: E402
+from support.routed import tuner_of  # noqa: E402
 from test_interrupts import SHORT, answers, library_of, loaded, questions, same, small_base  # noqa: E402
 from test_threads import ways_to_ask  # noqa: E402
 

@@ -34,13 +34,16 @@ os.environ |= {
     "AXOLOTL_DATASET_NUM_PROC": "0",
 }
 
-from agreement import ENGINES, with_engine  # noqa: E402
-from models import chat_dataset, tiny_llama  # noqa: E402
-from preferences import pairs  # noqa: E402
-from processes import Command, finish, start_ranks, start_train  # noqa: E402
-from test_curriculum import curriculum_config, write_domain  # noqa: E402
-from test_grpo import rewarded  # noqa: E402
-from test_interruption import contents  # noqa: E402
+from support.agreement import ENGINES, with_engine  # noqa: E402
+from support.curricula import (  # noqa: E402
+    contents,
+    curriculum_config,
+    write_domain,
+)
+from support.models import chat_dataset, tiny_llama  # noqa: E402
+from support.preferences import pairs  # noqa: E402
+from support.processes import Command, finish, start_ranks, start_train  # noqa: E402
+from support.rl_curricula import rewarded  # noqa: E402
 
 from axolotl_brainstacks.library import Library  # noqa: E402
 from axolotl_brainstacks.router_training.pipeline import EVALUATION  # noqa: E402

@@ -24,12 +24,12 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[1] / "tests")
 sys.path.insert(1, str(Path(__file__).parents[1] / "example_configs"))
 
-from agreement import with_engine  # noqa: E402
 from demo_domains import load_reasoning_gym  # noqa: E402
-from models import base_config, chat_dataset  # noqa: E402
-from preferences import PAIRS  # noqa: E402
 from prepare_demo import prepare_data, prepare_model  # noqa: E402
-from processes import finish, start_ranks, start_train  # noqa: E402
+from support.agreement import with_engine  # noqa: E402
+from support.models import base_config, chat_dataset  # noqa: E402
+from support.preferences import PAIRS  # noqa: E402
+from support.processes import finish, start_ranks, start_train  # noqa: E402
 
 from axolotl_brainstacks.library import Library  # noqa: E402
 

@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 
 sys.path[0] = str(Path(__file__).parents[1] / "tests")
 
-from models import tiny_llama  # noqa: E402
-from processes import finish, start_train, train  # noqa: E402
-from test_curriculum import curriculum_config  # noqa: E402
+from support.curricula import curriculum_config  # noqa: E402
+from support.models import tiny_llama  # noqa: E402
+from support.processes import finish, start_train, train  # noqa: E402
 
 
 def main() -> None:

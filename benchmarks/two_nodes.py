@@ -18,11 +18,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).parents[1] / "tests")
 
-from agreement import ENGINES, losses, with_engine  # noqa: E402
-from models import cli_environment, tiny_llama  # noqa: E402
-from processes import free_port, train_ranks, write_config  # noqa: E402
-from test_curriculum import curriculum_config  # noqa: E402
-from test_interruption import contents  # noqa: E402
+from support.agreement import ENGINES, losses, with_engine  # noqa: E402
+from support.curricula import contents, curriculum_config  # noqa: E402
+from support.models import cli_environment, tiny_llama  # noqa: E402
+from support.processes import free_port, train_ranks, write_config  # noqa: E402
 
 from axolotl_brainstacks.library import Library  # noqa: E402
 
@@ -71,7 +70,7 @@ class Nodes:
         """torchrun of one node; with `disk`, that folder is the node's own view of the config's folder `out`."""
         torchrun = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
-            f"--master_addr={ADDRESSES[0]}", f"--master_port={port}", str(TESTS / "launch_cpu.py"), str(config),
+            f"--master_addr={ADDRESSES[0]}", f"--master_port={port}", str(TESTS / "support" / "launch_cpu.py"), str(config),
         ]  # fmt: skip
         if disk is not None:
             disk.mkdir(exist_ok=True)

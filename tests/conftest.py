@@ -20,11 +20,11 @@ os.environ |= {
     "AXOLOTL_DATASET_NUM_PROC": "0",  # else every small file is saved by a fresh process, in seconds
 }
 
-from models import tiny_llama  # noqa: E402
 from prepare_demo import prepare_data, prepare_model  # noqa: E402
-from processes import kill_children  # noqa: E402
-from seeds import VARIABLE, seed_everything  # noqa: E402
-from tiers import tier  # noqa: E402
+from support.models import tiny_llama  # noqa: E402
+from support.processes import kill_children  # noqa: E402
+from support.seeds import VARIABLE, seed_everything  # noqa: E402
+from support.tiers import tier  # noqa: E402
 
 DEMO = REPO / ".demo"
 

@@ -9,16 +9,27 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from support.wrapped import (
+    TINY,
+    assert_near,
+    freeze,
+    gemma3,
+    layers_of,
+    llama,
+    load_base,
+    logits,
+    revive,
+    tokens,
+    tuner_of,
+    wrap,
+)
+from support.wrapped import base_dir as base_dir
 from torch import Tensor
 from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
-from wrapped import TINY, assert_near, freeze, layers_of, llama, load_base, logits, revive, tokens, tuner_of, wrap
-from wrapped import base_dir as base_dir
 
 from axolotl_brainstacks.serving.model import BrainstacksModel
 
@@ -240,15 +251,6 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
 
 
 # What is wrapped
-
-
-def gemma3() -> PreTrainedModel:
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return Gemma3ForConditionalGeneration(
-        Gemma3Config(
-            text_config=dict(TINY), vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
-        )
-    )
 
 
 def llava() -> PreTrainedModel:

@@ -22,9 +22,9 @@ from axolotl.integrations.base import PluginManager
 from axolotl.loaders import ModelLoader, load_tokenizer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.tee import close_debug_log
-from models import base_config, chat_dataset, run_axolotl, tiny_llama, write_rows
-from processes import finish, start_train, train, wait_for
-from seeds import seeded_random
+from support.models import base_config, chat_dataset, run_axolotl, tiny_llama, write_rows
+from support.processes import finish, start_train, train, wait_for
+from support.seeds import seeded_random
 
 from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.library import Library

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from base_models import KINDS, load, merged, old_record
 from peft import get_peft_model
-from random_library import new_library
-from routed import tuner_of
+from support.base_models import KINDS, load, merged, old_record
+from support.random_library import new_library
+from support.routed import tuner_of
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from axolotl_brainstacks.adapter import BrainstacksConfig

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from base_models import load, merged
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from support.base_models import load, merged
 
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.library.checkpoint_files import CheckpointDigest, digest_checkpoint

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from agreement import with_engine
 from axolotl.cli import inference
 from axolotl.cli.args import InferenceCliArgs
 from axolotl.cli.config import load_cfg
@@ -27,10 +26,11 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.datasets import SFTDataset
 from axolotl.utils.tee import close_debug_log
 from datasets import Dataset
-from documents import blocks
-from models import run_axolotl, tiny_llama
 from peft import PeftModel
-from processes import train, train_ranks
+from support.agreement import with_engine
+from support.documents import blocks
+from support.models import run_axolotl, tiny_llama
+from support.processes import train, train_ranks
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from axolotl_brainstacks.args import BrainstacksBlock

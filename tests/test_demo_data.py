@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from demo_domains import DOMAINS, MAX_TOKENS, TEMPLATE_TOKENS, TEST_ROWS, TRAIN_ROWS, clean, prompt_key, split
-from models import cli_environment
-from seeds import seeded_random
+from support.models import cli_environment
+from support.seeds import seeded_random
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "example_configs" / "prepare_demo.py"

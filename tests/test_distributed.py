@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agreement import ENGINES, comparable_config, compare, with_engine
-from processes import finish, start_ranks, start_train, train, train_ranks, wait_for
+from support.agreement import ENGINES, comparable_config, compare, with_engine
+from support.processes import finish, start_ranks, start_train, train, train_ranks, wait_for
 
 from axolotl_brainstacks.library import Library
 

@@ -15,12 +15,12 @@ import click
 import pytest
 import torch
 import yaml
-from answering import random_router
 from axolotl.cli.main import cli as axolotl
 from axolotl.utils.schemas.config import AxolotlInputConfig
-from documents import PAGES, REPO, anchors, blocks, each_block, inline_code, links, prose, title
 from pydantic import BaseModel
-from routed import new_library
+from support.answering import random_router
+from support.documents import PAGES, REPO, anchors, blocks, each_block, inline_code, links, prose, title
+from support.routed import new_library
 from transformers import AutoModelForCausalLM
 
 from axolotl_brainstacks import cli

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from safetensors.torch import save
+from support.wrapped import TINY, freeze, layers_of, llama, tuner_of, wrap
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
-from wrapped import TINY, freeze, layers_of, llama, tuner_of, wrap
 
 from axolotl_brainstacks import evaluation
 from axolotl_brainstacks.evaluation import (

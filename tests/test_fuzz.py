@@ -2,10 +2,8 @@
 
 from collections import Counter
 
-import fuzzed_answers
-import fuzzed_files
-import fuzzing
 import pytest
+from support import fuzzed_answers, fuzzed_files, fuzzing
 
 ATTACKS = fuzzed_files.ATTACKS | fuzzed_answers.ATTACKS
 SEED, COUNT = 20261124, 60

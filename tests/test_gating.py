@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from peft import PeftModel
+from support.wrapped import TINY, assert_near, layers_of, revive, wrap
 from torch import Tensor
-from wrapped import TINY, assert_near, layers_of, revive, wrap
 
 from axolotl_brainstacks.adapter.gating import BatchTokens, Gating, gated, top_k_gates
 from axolotl_brainstacks.adapter.layer import BrainstacksLinear

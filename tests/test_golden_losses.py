@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import tiny_llama
-from processes import train
-from test_curriculum import curriculum_config
+from support.curricula import curriculum_config
+from support.models import tiny_llama
+from support.processes import train
 
 from axolotl_brainstacks.library import Library
 

@@ -1,51 +1,17 @@
 """GRPO as a round of a domain, by the real command on a tiny model: its reward is the share of lower-case letters."""
 
-import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from agreement import with_engine
-from processes import start_train, train, train_ranks, wait_for
-from test_curriculum import curriculum_config
-from test_interruption import contents
-from test_rl_rounds import preferring, stack_hashes
+from support.agreement import with_engine
+from support.curricula import contents
+from support.processes import start_train, train, train_ranks, wait_for
+from support.rl_curricula import rewarded, stack_hashes
 
 from axolotl_brainstacks.library import Library
-
-
-def rewarded(model: Path, folder: Path, reward: str = "letters", **keys: Any) -> dict[str, Any]:
-    """A config with one supervised round and one of GRPO."""
-    files = []
-    for part, count in (("train", 48), ("test", 8)):
-        files.append(folder / f"questions-{part}.jsonl")
-        files[-1].write_text("".join(json.dumps({"question": f"Say {part} {i}"}) + "\n" for i in range(count)))
-    entries = [
-        {"path": str(file), "ds_type": "json", "split": "train", "type": "axolotl_brainstacks.question_answer"}
-        for file in files
-    ]
-    grpo = {
-        "rl": "grpo",
-        "max_steps": 16,
-        "eval_steps": 4,
-        "learning_rate": 2e-2,
-        "micro_batch_size": 16,
-        "gradient_accumulation_steps": 2,
-        "eval_batch_size": 16,
-        "datasets": entries[:1],
-        "test_datasets": entries[1:],
-        "trl": {
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "beta": 0.0,
-            "reward_funcs": [f"odd_rewards.{reward}"],
-        },
-        **keys,
-    }
-    config = curriculum_config(model, folder, ["chat"], boosting={"max_rounds": 1, "min_loss_delta": 0.0})
-    return preferring(config, grpo, rl={"max_loss_increase": 5.0})
 
 
 @pytest.fixture(scope="module")

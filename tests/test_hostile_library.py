@@ -11,11 +11,10 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
-from models import base_config
-from random_library import CONFIG, a_domain, a_round, alter_a_byte, some_tensors, truncate, weights
-from random_library import library as library
-from test_library import edited
-from test_library_command import run
+from support.library_files import edited, run
+from support.models import base_config
+from support.random_library import CONFIG, a_domain, a_round, alter_a_byte, some_tensors, truncate, weights
+from support.random_library import library as library
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.args import BrainstacksBlock

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from answering import DOMAINS, random_router
-from hub import Hub, hub_of
-from routed import new_library, tiny_base
+from support.answering import DOMAINS, random_router
+from support.hub import Hub, hub_of
+from support.routed import new_library, tiny_base
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.library import Library

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import base_config, chat_dataset, run_axolotl, write_rows
-from seeds import seeded_random
+from support.models import base_config, chat_dataset, run_axolotl, write_rows
+from support.seeds import seeded_random
 
 from axolotl_brainstacks.plugin import check_axolotl
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from answering import DOMAINS, GREEDY, own_stacks, random_router, some_prompts
-from answering import base as base
-from answering import library as library
-from answering import load as load
-from answering import model as model
-from models import base_config, chat_dataset
 from peft import PeftModel
-from routed import add_domain, new_library, tuner_of
+from support.answering import DOMAINS, GREEDY, own_stacks, random_router, some_prompts
+from support.answering import base as base
+from support.answering import library as library
+from support.answering import load as load
+from support.answering import model as model
+from support.models import base_config, chat_dataset
+from support.routed import add_domain, new_library, tuner_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, TextStreamer
 

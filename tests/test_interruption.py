@@ -1,6 +1,5 @@
 """Kill training anywhere: the next run finishes, the library is whole, and it is the one an undisturbed run makes."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,25 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agreement import with_engine
-from processes import start_ranks, start_train, train, train_ranks, wait_for
-from seeds import seeded_random
-from test_curriculum import curriculum_config
+from support.agreement import with_engine
+from support.curricula import contents, curriculum_config
+from support.processes import start_ranks, start_train, train, train_ranks, wait_for
+from support.seeds import seeded_random
 
 from axolotl_brainstacks.library import Library
 
 KILLS = int(os.environ.get("BRAINSTACKS_KILLS", "2"))
-
-
-def contents(library: Path) -> dict[str, Any]:
-    """What a library holds: hashes of all stacks, null spaces and rows, and every loss."""
-    manifest = json.loads((library / "manifest.json").read_text())
-    forgetting = json.loads((library / "report/forgetting.json").read_text())
-    files = sorted(
-        path for folder in ("stacks", "nullspace", "validation") for path in (library / folder).rglob("*.safetensors")
-    )
-    hashes = {str(path.relative_to(library)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return {"domains": manifest["domains"], "hashes": hashes, "forgetting": forgetting}
 
 
 @pytest.fixture(scope="module")

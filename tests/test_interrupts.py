@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from answering import DOMAINS, VOCABULARY, random_router, some_prompts
-from interrupts import ERRORS, interrupted, points_of
 from peft import PeftModel
-from routed import new_library, tiny_base, tuner_of
+from support.answering import DOMAINS, VOCABULARY, random_router, some_prompts
+from support.interrupts import ERRORS, interrupted, points_of
+from support.routed import new_library, tiny_base, tuner_of
+from support.wrapped import freeze, llama, logits, tokens, wrap
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
-from wrapped import freeze, llama, logits, tokens, wrap
 
 from axolotl_brainstacks.library import Library
 

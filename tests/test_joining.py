@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import finish, start_train, train
-from random_library import CONFIG, a_round, alter_a_byte, new_library, some_tensors, truncate, weights
-from test_curriculum import curriculum_config
+from support.curricula import curriculum_config
+from support.processes import finish, start_train, train
+from support.random_library import CONFIG, a_round, alter_a_byte, new_library, some_tensors, truncate, weights
 
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.joining import joined_names

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.wrapped import assert_near
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from wrapped import assert_near
 
 from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLinear
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_library import CONFIG, KEY, a_domain, a_round, alter_a_byte, some_tensors, truncate, weights
-from random_library import library as library
+from support.library_files import edited
+from support.random_library import CONFIG, KEY, a_domain, a_round, alter_a_byte, some_tensors, truncate, weights
+from support.random_library import library as library
 
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import RouterEntry
@@ -254,13 +255,6 @@ def test_leftovers_of_a_killed_writer_are_swept_and_files_of_the_user_are_not(li
     assert library.damage() == []
     notes.unlink()
     assert library.verify() == [] and len(library.manifest.stacks) == 2 and readme.exists()
-
-
-def edited(library: Library, change: Callable[[dict], object]) -> None:
-    path = library.path / "manifest.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from random_library import (
+from support.library_files import run
+from support.random_library import (
     CONFIG,
     a_constraint,
     a_domain,
@@ -19,17 +19,10 @@ from random_library import (
     truncate,
     weights,
 )
-from random_library import library as library
+from support.random_library import library as library
 
-from axolotl_brainstacks import cli
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import RouterEntry
-
-
-def run(library: Library, *arguments: str, answer: str | None = None) -> Result:
-    result = CliRunner().invoke(cli.library, [str(library.path), *arguments], input=answer)
-    assert result.exception is None or isinstance(result.exception, SystemExit), "no traceback reaches the user"
-    return result
 
 
 def test_cli_list(library: Library) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from wrapped import assert_near, freeze, llama, load_base, logits, tokens, tuner_of, wrap
-from wrapped import base_dir as base_dir
+from support.wrapped import assert_near, freeze, llama, load_base, logits, tokens, tuner_of, wrap
+from support.wrapped import base_dir as base_dir
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_library import CONFIG, KEY, a_domain, a_round, new_library, some_tensors
-from random_library import library as library
+from support.random_library import CONFIG, KEY, a_domain, a_round, new_library, some_tensors
+from support.random_library import library as library
 
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import Manifest, RouterEntry

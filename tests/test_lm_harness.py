@@ -12,8 +12,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from routed import new_library, tuner_of
-from seeds import seeded_random
+from support.routed import new_library, tuner_of
+from support.seeds import seeded_random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from base_models import make_old
 from click.testing import CliRunner, Result
-from models import base_config, chat_dataset, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
-from processes import finish, start_train, train
-from routed import VOCABULARY, new_library, tiny_base, tuner_of
 from safetensors.torch import load_file, save_file
-from seeds import seeded_random
+from support.base_models import make_old
+from support.models import base_config, chat_dataset, write_rows
+from support.processes import finish, start_train, train
+from support.routed import VOCABULARY, new_library, tiny_base, tuner_of
+from support.seeds import seeded_random
+from support.wrapped import assert_near
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from wrapped import assert_near
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.args import GateArgs

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from models import base_config, chat_dataset, run_axolotl, write_rows
-from processes import finish, start_ranks, train, train_on_terminal
+from support.models import base_config, chat_dataset, run_axolotl, write_rows
+from support.processes import finish, start_ranks, train, train_on_terminal
 
 from axolotl_brainstacks import errors
 from axolotl_brainstacks.curriculum.progress import duration

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from peft import PeftModel
+from support.wrapped import TINY, assert_near, freeze, layers_of, revive, tuner_of, wrap
 from torch import Tensor
-from wrapped import TINY, assert_near, freeze, layers_of, revive, tuner_of, wrap
 
 from axolotl_brainstacks.adapter import BrainstacksLinear
 from axolotl_brainstacks.adapter.nullspace import RankGram, fit_directions, leakage, project_out

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from support.wrapped import freeze, layers_of, llama, tuner_of, wrap
 from torch import Tensor
-from wrapped import freeze, layers_of, llama, tuner_of, wrap
 
 from axolotl_brainstacks.adapter import tuner as tuner_module
 from axolotl_brainstacks.adapter.offload import Offload, _Copy, _key

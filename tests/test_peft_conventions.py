@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTuner
-from test_adapter_model import gemma3
+from support.wrapped import gemma3, layers_of, llama, revive, tokens, tuner_of, wrap
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -31,7 +31,6 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
-from wrapped import layers_of, llama, revive, tokens, tuner_of, wrap
 
 from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLinear
 from axolotl_brainstacks.serving.model import BrainstacksModel

@@ -12,11 +12,11 @@ from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.tee import close_debug_log
-from models import base_config, chat_dataset, tiny_llama
 from peft import get_peft_model
-from preferences import pairs
-from processes import train
-from test_curriculum import curriculum_config, write_domain
+from support.curricula import curriculum_config, write_domain
+from support.models import base_config, chat_dataset, tiny_llama
+from support.preferences import pairs
+from support.processes import train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_brainstacks.curriculum.build import ADAPTER_NAME, stack_config

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import base_config, chat_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from processes import train
-from routed import add_domain, new_library, random_rows, tiny_base, tuner_of
 from safetensors.torch import save
-from test_curriculum import curriculum_config, write_domain
+from support.curricula import curriculum_config, write_domain
+from support.models import base_config, chat_dataset
+from support.processes import train
+from support.routed import add_domain, new_library, random_rows, tiny_base, tuner_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import base_config
 from peft import PeftModel
-from processes import train
+from support.models import base_config
+from support.processes import train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_brainstacks.evaluation import mean_loss, unpack_rows

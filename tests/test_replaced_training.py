@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from click.testing import CliRunner
-from processes import train
-from test_curriculum import curriculum_config
-from test_rl_rounds import stack_hashes
+from support.curricula import curriculum_config
+from support.processes import train
+from support.rl_curricula import stack_hashes
 
 from axolotl_brainstacks.cli import library as library_command
 from axolotl_brainstacks.library import Library

@@ -7,9 +7,9 @@ from random import Random
 import pytest
 import torch
 from peft import PeftModel
-from random_library import CONFIG, a_domain, a_round, new_library, some_tensors
-from routed import add_domain, random_rows, tiny_base, tuner_of
-from routed import new_library as living_library
+from support.random_library import CONFIG, a_domain, a_round, new_library, some_tensors
+from support.routed import add_domain, random_rows, tiny_base, tuner_of
+from support.routed import new_library as living_library
 
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import RouterEntry

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from routed import new_library, tiny_base
+from support.routed import new_library, tiny_base
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.library import Library

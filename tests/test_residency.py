@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from answering import DOMAINS, GREEDY, own_stacks, some_prompts
-from answering import base as base
-from answering import library as library
-from answering import load as load
-from answering import model as model
 from peft import PeftModel
-from routed import add_domain, new_library, tuner_of
-from seeds import seeded_random
+from support.answering import DOMAINS, GREEDY, own_stacks, some_prompts
+from support.answering import base as base
+from support.answering import library as library
+from support.answering import load as load
+from support.answering import model as model
+from support.routed import add_domain, new_library, tuner_of
+from support.seeds import seeded_random
 from transformers import AutoTokenizer, LlamaForCausalLM, TextIteratorStreamer
 
 from axolotl_brainstacks.library import Library

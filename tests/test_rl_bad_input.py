@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
-from documents import blocks
-from preferences import labelled, pairs
+from support.documents import blocks
+from support.preferences import labelled, pairs
 from test_bad_input import assert_refused, config, last_domain, start, trained  # noqa: F401
 
 from axolotl_brainstacks.args import BrainstacksBlock

@@ -9,26 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import with_engine
 from peft import PeftModel
-from preferences import labelled, pairs
-from processes import start_train, train, train_ranks, wait_for
-from test_curriculum import curriculum_config
-from test_interruption import contents
+from support.agreement import with_engine
+from support.curricula import contents, curriculum_config
+from support.preferences import labelled, pairs
+from support.processes import start_train, train, train_ranks, wait_for
+from support.rl_curricula import preferring, stack_hashes
 from transformers import AutoModelForCausalLM
 
 from axolotl_brainstacks.library import Library
-
-
-def preferring(config: dict[str, Any], *rl_rounds: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """`config` with RL rounds in its first domain."""
-    first, *others = config["brainstacks"]["domains"]
-    domains = [first | {"rl_rounds": list(rl_rounds)}, *others]
-    return config | {"brainstacks": config["brainstacks"] | {"domains": domains} | settings}
-
-
-def stack_hashes(library: Library) -> dict[str, str]:
-    return {stack.name: stack.files["adapter_model.safetensors"].sha256 for stack in library.manifest.stacks}
 
 
 @pytest.fixture(scope="module")

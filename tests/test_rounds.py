@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import train
-from test_curriculum import curriculum_config
+from support.curricula import curriculum_config
+from support.processes import train
+from support.wrapped import tuner_of, wrap
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
-from wrapped import tuner_of, wrap
 
 from axolotl_brainstacks.curriculum.guard import Guard, Objective
 from axolotl_brainstacks.curriculum.round import round_seed, unusable

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from routed import meter_of, new_library, random_rows, tiny_base
+from support.routed import meter_of, new_library, random_rows, tiny_base
 from torch import Tensor
 
 from axolotl_brainstacks.args import RouterArgs

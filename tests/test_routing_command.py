@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
-from base_models import make_old
 from click.testing import CliRunner
-from models import base_config, chat_dataset, run_axolotl, write_rows
 from peft import PeftModel
-from processes import finish, start_train
 from rich.console import Console
-from routed import add_domain, meter_of, new_library, random_rows, tiny_base
-from seeds import seeded_random
+from support.base_models import make_old
+from support.models import base_config, chat_dataset, run_axolotl, write_rows
+from support.processes import finish, start_train
+from support.routed import add_domain, meter_of, new_library, random_rows, tiny_base
+from support.seeds import seeded_random
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks import cli

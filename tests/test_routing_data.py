@@ -6,9 +6,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from models import base_config, chat_dataset
-from processes import finish, start_train
-from routed import new_library, random_rows
+from support.models import base_config, chat_dataset
+from support.processes import finish, start_train
+from support.routed import new_library, random_rows
 from test_routing_command import DOMAINS, SETTINGS, assert_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

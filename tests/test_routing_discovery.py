@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from routed import add_domain, meter_of, new_library, random_rows, tiny_base
-from seeds import seeded_random
+from support.routed import add_domain, meter_of, new_library, random_rows, tiny_base
+from support.seeds import seeded_random
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from axolotl_brainstacks.args import RouterArgs

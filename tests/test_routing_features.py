@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from routed import VOCABULARY, meter_of, new_library, tiny_base
-from seeds import seeded_random
+from support.routed import VOCABULARY, meter_of, new_library, tiny_base
+from support.seeds import seeded_random
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -81,7 +81,7 @@ def test_features_of_gpt2(tmp_path: Path) -> None:
     base = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4)).eval()
     ids = torch.randint(VOCABULARY, (2, 8))
     from peft import get_peft_model
-    from routed import tuner_of
+    from support.routed import tuner_of
 
     from axolotl_brainstacks.adapter import BrainstacksConfig
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from routed import random_rows
-from seeds import seeded_random
+from support.routed import random_rows
+from support.seeds import seeded_random
 from torch import Tensor
 
 from axolotl_brainstacks.args import RouterArgs

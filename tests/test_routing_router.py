@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from routed import add_domain, new_library, tiny_base
+from support.routed import add_domain, new_library, tiny_base
 from transformers import PreTrainedModel
 
 from axolotl_brainstacks.args import BrainstacksBlock, RouterArgs

@@ -10,11 +10,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
 import torch
-from seeds import VARIABLE, seed_everything, seed_of, seeded_random
-from tiers import reachable
+from support import processes
+from support.seeds import VARIABLE, seed_everything, seed_of, seeded_random
+from support.tiers import reachable
 
 
 def draw() -> list[float]:

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from answering import DOMAINS, GREEDY, own_stacks, random_router, some_prompts
-from hostile import change_config, change_manifest, change_tensors, replace
 from peft import PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from routed import new_library, tiny_base, tuner_of
 from safetensors.torch import load_file, save, save_file
+from support.answering import DOMAINS, GREEDY, own_stacks, random_router, some_prompts
+from support.hostile import change_config, change_manifest, change_tensors, replace
+from support.routed import new_library, tiny_base, tuner_of
+from support.wrapped import llama, load_base, revive, wrap
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from wrapped import llama, load_base, revive, wrap
 
 from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.curriculum.build import stand_for_library

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import change_manifest, replace
-from routed import new_library, tiny_base, tuner_of
 from safetensors.torch import load, save
+from support.hostile import change_manifest, replace
+from support.routed import new_library, tiny_base, tuner_of
 
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library

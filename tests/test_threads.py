@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from answering import DOMAINS, VOCABULARY, own_stacks, random_router, some_prompts
 from peft import PeftModel
-from routed import new_library, tiny_base, tuner_of
+from support.answering import DOMAINS, VOCABULARY, own_stacks, random_router, some_prompts
+from support.routed import new_library, tiny_base, tuner_of
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from base_models import KINDS, load, merged
+from support.base_models import KINDS, load, merged
 from torch.distributions import StudentT
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

@@ -40,7 +40,7 @@ def _run(command: Command, config: str, log: str, environment: dict[str, str], d
     os.environ |= environment
     if "RANK" in environment:
         os.chdir(environment["PWD"])
-        import launch_cpu  # noqa: F401
+        from support import launch_cpu  # noqa: F401
     try:
         _call(command, config, debug)
     except Exception as error:  # multiprocessing would print it in its own way

@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 from click.testing import CliRunner
-from fuzzing import ODD, Attack, Wrong, damaged, odd_tensors, odd_text, put, sha256_of
 from peft import LoraConfig
-from random_library import CONFIG, a_round, some_tensors
 from rich.console import Console
-from routed import random_rows
 from safetensors.torch import save
 
 from axolotl_brainstacks import cli
@@ -28,6 +25,9 @@ from axolotl_brainstacks.router_training.data import _kept
 from axolotl_brainstacks.router_training.discovery import Records
 from axolotl_brainstacks.router_training.pipeline import EVALUATION
 from axolotl_brainstacks.router_training.report import Shown, show
+from support.fuzzing import ODD, Attack, Wrong, damaged, odd_tensors, odd_text, put, sha256_of
+from support.random_library import CONFIG, a_round, some_tensors
+from support.routed import random_rows
 
 
 def whole_library(path: Path, rng: Random) -> Library:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from axolotl_brainstacks.adapter import BrainstacksConfig, BrainstacksLinear
 from axolotl_brainstacks.serving.model import BrainstacksModel
@@ -98,3 +104,12 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float, what: str = "")
     assert got.shape == expected.shape, what
     worst, size = float((got - expected).abs().max()), float(expected.abs().max())
     assert worst <= tolerance * size, f"{what}: off by {worst:.3g} where values reach {size:.3g}"
+
+
+def gemma3() -> PreTrainedModel:
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=dict(TINY), vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+        )
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TWO_RANKS = {"start_ranks", "train_ranks", "as_rank"}
 # Config loading and inference run in the process of the test.
 LONG_RUNS = {"start_train", "run_axolotl", "load_cfg", "do_inference", "prepare_model", "prepare_data"}

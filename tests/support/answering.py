@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from routed import VOCABULARY, new_library, tiny_base
-from seeds import seeded_random
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.router import Router, RouterConfig
+from support.routed import VOCABULARY, new_library, tiny_base
+from support.seeds import seeded_random
 
 DOMAINS = ["chat", "code", "math", "medical"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": VOCABULARY, "pad_token_id": 0}

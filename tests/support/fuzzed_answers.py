@@ -12,12 +12,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from answering import random_router
-from fuzzed_files import contents_to_read
-from fuzzing import ODD, Attack, Wrong, damaged, mutated, odd_tensors, odd_text
-from hostile import change_manifest, replace
 from peft import PeftModel
-from routed import VOCABULARY, new_library, tiny_base, tuner_of
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -25,6 +20,11 @@ from transformers import LlamaForCausalLM
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS
 from axolotl_brainstacks.router import router
+from support.answering import random_router
+from support.fuzzed_files import contents_to_read
+from support.fuzzing import ODD, Attack, Wrong, damaged, mutated, odd_tensors, odd_text
+from support.hostile import change_manifest, replace
+from support.routed import VOCABULARY, new_library, tiny_base, tuner_of
 
 DOMAINS = ["chat", "code"]
 ATTACKED, SPARED = DOMAINS

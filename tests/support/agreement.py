@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from test_curriculum import curriculum_config
-
 from axolotl_brainstacks.library import Library
+from support.curricula import curriculum_config
 
 ENGINES = ["ddp", "zero1", "zero2", "zero3"]
 
