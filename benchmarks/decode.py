@@ -14,7 +14,7 @@ import torch
 from frozen_stacks import line
 from libraries import load, new_library
 from measure import ON_GPU, Result, alternate, compare, folder, main, repeats, synchronise
-from support.models import gemma3_12b_layer, random_ids, smollm2, tuner_of
+from models import gemma3_12b_layer, random_ids, smollm2, tuner_of
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 

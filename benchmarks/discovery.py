@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 from libraries import load, new_library
 from measure import DEVICE, Result, alternate, compare, counted, folder, main, repeats
-from support.models import tuner_of
+from models import tuner_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks.args import RouterArgs

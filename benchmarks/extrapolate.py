@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from gemma12b import HEAD_WIDTHS, HIDDEN, LAYER_PARAMETERS, LAYERS, PROJECTIONS, VOCABULARY
 from measure import ON_GPU, Comparison, Result, alternate, compare, counted, main, repeats
-from support.models import EXPERTS, RANK, gemma3_12b_layer, training_step, use_first, with_lora, with_stacks
+from models import EXPERTS, RANK, gemma3_12b_layer, training_step, use_first, with_lora, with_stacks
 
 TOKENS = 128
 RANKS = EXPERTS * RANK

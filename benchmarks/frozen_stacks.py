@@ -21,8 +21,7 @@ from measure import (
     peak_memory,
     repeats,
 )
-from peers import with_loops
-from support.models import (
+from models import (
     SMOLLM2_SIZES,
     attach_random,
     gemma3_12b_layer,
@@ -33,6 +32,7 @@ from support.models import (
     with_lora,
     with_stacks,
 )
+from peers import with_loops
 
 COUNTS = (0, 1, 2, 4, 8, 9, 16)
 SHORT_COUNTS = (0, 4, 9)

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from libraries import load, new_library
 from measure import ON_GPU, Comparison, Result, compare, counted, main, synchronise
-from support.models import SMOLLM2_SIZES, random_ids, smollm2, training_step, tuner_of, with_lora, with_stacks
+from models import SMOLLM2_SIZES, random_ids, smollm2, training_step, tuner_of, with_lora, with_stacks
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile

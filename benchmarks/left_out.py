@@ -8,7 +8,7 @@ import gemma12b
 import torch
 import torch.nn.functional as F
 from measure import DEVICE, Comparison, Result, alternate, compare, main, repeats
-from support.models import EXPERTS, RANK, SMOLLM2_SIZES, TOP_K, random_ids, smollm2, tuner_of, with_stacks
+from models import EXPERTS, RANK, SMOLLM2_SIZES, TOP_K, random_ids, smollm2, tuner_of, with_stacks
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.gating import Gating, gated

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from models import another, random_stack, tuner_of, with_stacks
 from peft import PeftModel
-from support.models import another, random_stack, tuner_of, with_stacks
 from transformers import PreTrainedModel
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig

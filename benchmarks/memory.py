@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from measure import Comparison, Result, counted, in_fresh_process, main, memory, peak_memory
+from models import SMOLLM2_SIZES, loss_of, random_ids, smollm2, training_step, with_lora, with_stacks
 from peft import PeftModel
-from support.models import SMOLLM2_SIZES, loss_of, random_ids, smollm2, training_step, with_lora, with_stacks
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 

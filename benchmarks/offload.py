@@ -7,8 +7,8 @@ what it spares.
 from __future__ import annotations
 
 from measure import ON_GPU, Result, alternate, compare, counted, in_fresh_process, main, memory, peak_memory, repeats
+from models import SMOLLM2_SIZES, attach_random, smollm2, training_step, tuner_of, with_stacks
 from peft import PeftModel
-from support.models import SMOLLM2_SIZES, attach_random, smollm2, training_step, tuner_of, with_stacks
 from transformers import PreTrainedModel
 
 FROZEN = 9

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from support.models import EXPERTS, PROJECTIONS, RANK, TOP_K, another, with_lora
+from models import EXPERTS, PROJECTIONS, RANK, TOP_K, another, with_lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

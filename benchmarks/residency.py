@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 import torch
 from libraries import load, new_library
 from measure import DEVICE, Result, alternate, compare, counted, main, quantity, repeats
+from models import PROJECTIONS, random_ids, smollm2, tuner_of
 from peers import LoopStack
-from support.models import PROJECTIONS, random_ids, smollm2, tuner_of
 from torch import nn
 from transformers import PreTrainedModel
 

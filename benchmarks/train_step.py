@@ -1,8 +1,8 @@
 """Time of a training step with the first stack: against PEFT's LoRA of equal ranks, a per-stack loop, and MixLoRA."""
 
 from measure import Result, alternate, compare, main, repeats
+from models import SMOLLM2_SIZES, smollm2, trainable_size, training_step, with_lora, with_stacks
 from peers import with_loops, with_mixlora
-from support.models import SMOLLM2_SIZES, smollm2, trainable_size, training_step, with_lora, with_stacks
 
 
 def run(short: bool) -> Result:
