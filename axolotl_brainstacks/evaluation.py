@@ -7,16 +7,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from axolotl_brainstacks.distributed import gather_objects, rank, world_size
 from axolotl_brainstacks.guarded import parse_tensors, printable
+
+if TYPE_CHECKING:
+    # At run time, importing PEFT registers our type, and that imports this module.
+    from peft import PeftModel
 
 IGNORED = -100  # the label of tokens that are no answer, as in Transformers
 

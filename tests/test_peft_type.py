@@ -57,6 +57,7 @@ alone(lambda: order("peft", "axolotl_brainstacks"))
 alone(lambda: order("axolotl_brainstacks", "look", "peft"))
 alone(lambda: order("axolotl_brainstacks.adapter.layer"))
 alone(lambda: order("axolotl_brainstacks.calibration"))
+alone(lambda: order("axolotl_brainstacks.evaluation"))
 alone(lambda: order("axolotl_brainstacks.serving.model"))
 alone(lambda: order("axolotl_brainstacks.router.router"))
 """
