@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from axolotl_brainstacks.config_errors import explain
 from axolotl_brainstacks.names import DOMAIN_NAME, FrozenDtype
+from axolotl_brainstacks.router_args import RouterArgs, StrictModel
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class BoostingArgs(_Strict):
+class BoostingArgs(StrictModel):
     """How many stacks a domain gets, and when a round ends early (arXiv 2604.01152, residual boosting)."""
 
     max_rounds: int = Field(
@@ -32,7 +29,7 @@ class BoostingArgs(_Strict):
     )
 
 
-class NullSpaceArgs(_Strict):
+class NullSpaceArgs(StrictModel):
     """How strictly a domain is kept out of the output directions that other domains use (arXiv 2604.01152, null space)."""
 
     directions: int = Field(
@@ -52,137 +49,14 @@ class NullSpaceArgs(_Strict):
     )
 
 
-class ThresholdArgs(_Strict):
-    """The probability at which the router switches a domain on, and the least weight of each domain."""
-
-    gate_threshold: float = Field(
-        default=0.12,
-        ge=0,
-        le=1,
-        description="Domains with a smaller probability stay off; `weights: auto` tries other thresholds, too.",
-    )
-    floors: dict[str, float] = Field(
-        default_factory=dict,
-        description="Smallest weight of each domain named, for every prompt, such as `{chat: 0.2}`.",
-    )
-
-    @field_validator("floors")
-    @classmethod
-    def _floors_are_weights(cls, floors: dict[str, float]) -> dict[str, float]:
-        for domain, floor in floors.items():
-            if not 0 <= floor <= 1:
-                raise ValueError(f"brainstacks.router.floors.{domain} is {floor}; a floor must be in [0, 1]")
-        return floors
-
-
-class GateArgs(ThresholdArgs):
-    """How the router's probabilities become the domains' weights; stored with a fitted router."""
-
-    weights: Literal["soft", "hard"] = "soft"
-
-
-class CalibrationArgs(ThresholdArgs):
-    """The thresholds as the YAML gives them. With `weights: auto`, `router_training` measures which ones answer best."""
-
-    weights: Literal["auto", "soft", "hard"] = Field(
-        default="auto",
-        description="A domain that is on has its probability (`soft`) or 1 (`hard`) as its weight; `auto` chooses the kind of "
-        "weights and the threshold by the loss on validation prompts.",
-    )
-
-
-class DiscoveryArgs(_Strict):
-    """How the best set of domains of a prompt is found, and on which prompts (arXiv 2604.01152, outcome router)."""
-
-    search: Literal["auto", "greedy", "exhaustive"] = Field(
-        default="auto",
-        description="How the best set of domains is searched for. `greedy` grows a set from the base model and shrinks one from "
-        "all domains; `exhaustive` tries all sets (up to 8 domains); `auto` is exhaustive up to 4 domains, else greedy.",
-    )
-    samples: int = Field(default=200, ge=3, description="Largest number of held-out prompts per domain.")
-    min_gain: float = Field(
-        default=0.01, ge=0, description="A domain joins the best set only if it lowers the loss by more than this."
-    )
-    soft_domains: list[str] = Field(
-        default_factory=list,
-        description="Domains whose target is 0.5 when adding them to the best set lowers the loss, by however little.",
-    )
-    label_blend: float = Field(
-        default=0.2,
-        ge=0,
-        le=1,
-        description="Share of the prompt's own domain in its target; the measured set has the rest.",
-    )
-    mixed_datasets: list[dict[str, Any]] | None = Field(
-        default=None, description="Held-out prompts of several domains each, as ordinary entries of `datasets:`."
-    )
-    mixed_pairs: int = Field(
-        default=32,
-        ge=0,
-        description="Prompts made by joining two domains' prompts, when `mixed_datasets` names none.",
-    )
-
-
-class FitArgs(_Strict):
-    """The router's network and its training (arXiv 2604.01152, outcome router)."""
-
-    width: int = Field(default=512, ge=2, description="Width of the router's network.")
-    max_tokens: int = Field(
-        default=256, ge=1, description="The router reads this many tokens from the end of a prompt."
-    )
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout of the router's network.")
-    epochs: int = Field(default=8, ge=1, description="Passes over the router's training prompts.")
-    batch_size: int = Field(default=16, ge=1, description="Prompts per optimiser step of the router.")
-    learning_rate: float = Field(
-        default=8e-4, gt=0, description="Peak learning rate of the router (AdamW, cosine schedule)."
-    )
-    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay of the router's optimiser.")
-    max_grad_norm: float = Field(
-        default=1.0, gt=0, description="Gradient norm at which the router's gradients are clipped."
-    )
-    confidence_coef: float = Field(default=0.05, ge=0, description="Weight of the penalty on probabilities near 0.5.")
-    confidence_margin: float = Field(
-        default=0.3, ge=0, le=0.5, description="Distance from 0.5 below which a probability is penalised."
-    )
-    score: tuple[float, float, float] = Field(
-        default=(0.50, 0.35, -0.15),
-        description="Weights of top-1 accuracy, set match and BCE in the score that chooses the best epoch.",
-    )
-    validation_share: float = Field(
-        default=0.15, gt=0, lt=0.5, description="Share of the prompts on which epoch and gate are chosen."
-    )
-    test_share: float = Field(
-        default=0.15,
-        gt=0,
-        lt=0.5,
-        description="Share of the prompts on which the router is evaluated, and nothing is fitted.",
-    )
-    seed: int = Field(default=42, description="Seed of the choice of prompts, of their split and of the fit.")
-
-
-class RouterArgs(CalibrationArgs, DiscoveryArgs, FitArgs):
-    """How the router is made and how it weighs domains (arXiv 2604.01152, outcome router)."""
-
-    def gate(self, weights: Literal["soft", "hard"] | None = None, threshold: float | None = None) -> GateArgs:
-        """The router's thresholds with these settings, or with another kind of weights or another `gate_threshold`.
-
-        `weights: auto` counts as soft until calibration has chosen.
-        """
-        return GateArgs(
-            gate_threshold=self.gate_threshold if threshold is None else threshold,
-            weights=weights or ("soft" if self.weights == "auto" else self.weights),
-            floors=self.floors,
-        )
-
-
-class SampleArgs(_Strict):
+class SampleArgs(StrictModel):
     """Answers to validation prompts, written to `report/samples.jsonl` of the library after every stack."""
 
     prompts: int = Field(default=2, ge=0, description="Validation prompts to answer; 0 writes none.")
     max_new_tokens: int = Field(default=48, ge=1, description="Largest number of tokens of such an answer.")
 
 
-class RLArgs(_Strict):
+class RLArgs(StrictModel):
     """When a round of preference or reinforcement learning ends early, and when its stack is not kept."""
 
     max_loss_increase: float = Field(
@@ -200,7 +74,7 @@ class RLArgs(_Strict):
     )
 
 
-class StageSettings(_Strict):
+class StageSettings(StrictModel):
     """Keys of `brainstacks:` that may differ by domain or RL round. A key that is left out has the value of the level above."""
 
     boosting: BoostingArgs | None = Field(default=None, description="As `brainstacks.boosting:`, key by key.")
@@ -265,7 +139,7 @@ class DomainArgs(BaseModel):
         return dict(self.model_extra or {})
 
 
-class BrainstacksBlock(_Strict):
+class BrainstacksBlock(StrictModel):
     """The `brainstacks:` block."""
 
     library: str | None = Field(
@@ -379,68 +253,3 @@ class BrainstacksArgs(BaseModel):
     """The keys that the plugin adds to Axolotl's config schema."""
 
     brainstacks: BrainstacksBlock | None = None
-
-
-def explain(error: ValidationError, root: str, model: type[BaseModel], block: Any = None) -> str:
-    """Describe a validation error with one sentence per mistake, each of which names the key by its path.
-
-    Args:
-        error: Pydantic's error; its dump of the input is left out.
-        root: the start of each path.
-        model: the schema that was validated, for "did you mean".
-        block: the input. With it, a path names a domain by its name, not by its number in the list.
-    """
-    sentences = []
-    for mistake in error.errors(include_url=False):
-        path = ".".join(filter(None, [root, *map(str, _named(mistake["loc"], block))]))
-        value, message = mistake["input"], mistake["msg"].removeprefix("Value error, ")
-        # Only scalars are repeated in the message: a list or a mapping may fill the terminal.
-        shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
-        match mistake["type"]:
-            case "value_error" if path == root or message.startswith("brainstacks"):
-                sentences.append(message)
-            case "value_error":
-                sentences.append(f"`{path}` is {shown}: {message}")
-            case "missing":
-                sentences.append(f"`{path}` is missing")
-            case "extra_forbidden":
-                sentences.append(f"`{path}` is not a key{_did_you_mean(model, mistake['loc'])}")
-            case _:
-                sentences.append(f"`{path}` is {shown}: {message}")
-    return "; ".join(sentences)
-
-
-def _named(path: tuple[int | str, ...], block: Any) -> Iterator[int | str]:
-    """`path` through `block`, with the name of each list entry that has one in place of its number."""
-    for part in path:
-        try:
-            block = block[part]
-        except (LookupError, TypeError):
-            block = None
-        name = block.get("name") if isinstance(part, int) and isinstance(block, Mapping) else None
-        yield name if isinstance(name, str) else part
-
-
-def _did_you_mean(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
-    """The hint for an unknown key, the last part of `path`. Only our own blocks forbid unknown keys."""
-    for part in path[:-1]:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            model = next(kind for kind in (annotation, *_inner(annotation)) if _is_block(kind))
-    return nearest(str(path[-1]), model.model_fields)
-
-
-def _inner(annotation: Any) -> Iterator[Any]:
-    for argument in get_args(annotation):
-        yield argument
-        yield from _inner(argument)
-
-
-def _is_block(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown key: the most similar known key, or "" if there is none."""
-    close = difflib.get_close_matches(key, list(known), 1)
-    return f"; did you mean `{close[0]}`?" if close else ""

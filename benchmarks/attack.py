@@ -90,8 +90,9 @@ def make(path: Path, stacks: int) -> None:
     """A library of tiny stacks. Its files are written one by one and listed at once: thousands of changes would take long."""
     from support.random_library import CONFIG, a_round, new_library, some_tensors
 
-    from axolotl_brainstacks.library.manifest import CONFIG as CONFIG_FILE
-    from axolotl_brainstacks.library.manifest import WEIGHTS, DomainEntry, Manifest, StackEntry
+    from axolotl_brainstacks.library.entries import CONFIG as CONFIG_FILE
+    from axolotl_brainstacks.library.entries import WEIGHTS, DomainEntry, StackEntry
+    from axolotl_brainstacks.library.manifest import Manifest
     from axolotl_brainstacks.library.storage import json_to_bytes, record_of, tensors_to_bytes
 
     library = new_library(path)

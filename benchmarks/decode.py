@@ -18,10 +18,10 @@ from models import gemma3_12b_layer, random_ids, smollm2, tuner_of
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.names import FrozenDtype
 from axolotl_brainstacks.router.router import Router, RouterConfig
+from axolotl_brainstacks.router_args import RouterArgs
 
 DOMAINS = ["chat", "code", "math", "medical"]
 PROMPT, ANSWER = 64, 16

@@ -20,9 +20,9 @@ from measure import DEVICE, Result, alternate, compare, counted, folder, main, r
 from models import tuner_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Batch, Example, batch_losses
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.router_args import RouterArgs
 from axolotl_brainstacks.router_training.discovery import discover
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.search import DomainSet

@@ -13,7 +13,7 @@ import torch
 PACKAGE = Path(__file__).parents[1] / "axolotl_brainstacks"
 NAME = PACKAGE.name
 # What each folder may import of the others, besides the ground floor. Nothing imports what stands above it.
-GROUND = {"names", "guarded", "distributed", "evaluation", "args"}
+GROUND = {"names", "guarded", "distributed", "evaluation", "args", "router_args", "config_errors"}
 MAY_IMPORT = {
     "adapter": set(),
     "library": {"adapter"},

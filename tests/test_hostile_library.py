@@ -21,7 +21,7 @@ from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.preflight import LibraryState, check_library, done_domains
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import RouterEntry
+from axolotl_brainstacks.library.entries import RouterEntry
 from axolotl_brainstacks.library.report import FORGETTING, PAGE, ROUTER_CHART, write_report
 
 FOLDERS = ["stacks", "validation", "nullspace", "router", "report", ".tmp", ".leftovers", "router/discovery"]

@@ -11,8 +11,9 @@ from support.processes import finish, start_train, train
 from support.random_library import CONFIG, a_round, alter_a_byte, new_library, some_tensors, truncate, weights
 
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library.entries import RouterEntry
 from axolotl_brainstacks.library.joining import joined_names
-from axolotl_brainstacks.library.manifest import BaseModelInfo, RouterEntry
+from axolotl_brainstacks.library.manifest import BaseModelInfo
 
 
 def finished(path: Path, *domains: str, base: BaseModelInfo | None = None) -> Library:

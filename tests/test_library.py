@@ -12,7 +12,7 @@ from support.random_library import CONFIG, KEY, a_domain, a_round, alter_a_byte,
 from support.random_library import library as library
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import RouterEntry
+from axolotl_brainstacks.library.entries import RouterEntry
 
 # What goes in comes out
 

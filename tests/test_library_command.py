@@ -22,7 +22,7 @@ from support.random_library import (
 from support.random_library import library as library
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import RouterEntry
+from axolotl_brainstacks.library.entries import RouterEntry
 
 
 def test_cli_list(library: Library) -> None:

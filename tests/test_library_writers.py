@@ -20,7 +20,8 @@ from support.random_library import CONFIG, KEY, a_domain, a_round, new_library, 
 from support.random_library import library as library
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import Manifest, RouterEntry
+from axolotl_brainstacks.library.entries import RouterEntry
+from axolotl_brainstacks.library.manifest import Manifest
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from support.seeds import seeded_random
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.router import Router, RouterConfig
+from axolotl_brainstacks.router_args import GateArgs
 from axolotl_brainstacks.serving.lm_harness import BrainstacksLM
 
 DOMAINS = ["chat", "math"]

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from axolotl_brainstacks import cli
-from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.router import Router, RouterConfig
+from axolotl_brainstacks.router_args import GateArgs
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

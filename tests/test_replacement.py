@@ -12,7 +12,7 @@ from support.routed import add_domain, random_rows, tiny_base, tuner_of
 from support.routed import new_library as living_library
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import RouterEntry
+from axolotl_brainstacks.library.entries import RouterEntry
 from axolotl_brainstacks.router.router import routable_domains
 
 

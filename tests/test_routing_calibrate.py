@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from support.routed import meter_of, new_library, random_rows, tiny_base
 from torch import Tensor
 
-from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Example
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_args import RouterArgs
 from axolotl_brainstacks.router_training.calibrate import KINDS, THRESHOLDS, calibrate, clearly_lower, gate_losses
 from axolotl_brainstacks.router_training.discovery import DiscoveryResult, discover
 from axolotl_brainstacks.router_training.measure import LossMeter

@@ -24,12 +24,13 @@ from support.seeds import seeded_random
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_brainstacks import cli
-from axolotl_brainstacks.args import BrainstacksBlock, GateArgs, RouterArgs
+from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.evaluation import IGNORED
 from axolotl_brainstacks.library import DomainEntry, Library
 from axolotl_brainstacks.router.router import Router
 from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_args import GateArgs, RouterArgs
 from axolotl_brainstacks.router_training import pipeline as make_module
 from axolotl_brainstacks.router_training import report
 from axolotl_brainstacks.router_training.data import Sample, load_samples

@@ -16,9 +16,9 @@ from support.routed import add_domain, meter_of, new_library, random_rows, tiny_
 from support.seeds import seeded_random
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Example
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.router_args import RouterArgs
 from axolotl_brainstacks.router_training.discovery import DiscoveryResult, discover, row_key
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.search import DomainSet

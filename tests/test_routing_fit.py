@@ -9,9 +9,9 @@ from support.routed import random_rows
 from support.seeds import seeded_random
 from torch import Tensor
 
-from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import IGNORED, Example
 from axolotl_brainstacks.router.router import Router, RouterConfig
+from axolotl_brainstacks.router_args import RouterArgs
 from axolotl_brainstacks.router_training.data import MIXED, Sample
 from axolotl_brainstacks.router_training.fit import Prompts, Score, fit, objective, probabilities, target
 from axolotl_brainstacks.router_training.split import joined, joined_in_parts, split

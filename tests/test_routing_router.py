@@ -8,10 +8,11 @@ from pydantic import ValidationError
 from support.routed import add_domain, new_library, tiny_base
 from transformers import PreTrainedModel
 
-from axolotl_brainstacks.args import BrainstacksBlock, RouterArgs
+from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.library import DomainEntry, Library
 from axolotl_brainstacks.router.router import CONFIG, WEIGHTS, Router, RouterConfig, routable_domains, spread
 from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_args import RouterArgs
 
 DOMAINS = ["chat", "code", "math"]
 

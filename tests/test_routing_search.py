@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from axolotl_brainstacks.args import RouterArgs
+from axolotl_brainstacks.router_args import RouterArgs
 from axolotl_brainstacks.router_training.search import Choice, DomainSet, Search
 
 DOMAINS = ("chat", "code", "math", "medical")

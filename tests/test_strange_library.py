@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from axolotl_brainstacks.adapter import BrainstacksConfig
 from axolotl_brainstacks.curriculum.build import stand_for_library
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS
+from axolotl_brainstacks.library.entries import CONFIG, WEIGHTS
 from axolotl_brainstacks.serving.routes import PromptRoute
 
 

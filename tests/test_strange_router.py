@@ -11,9 +11,9 @@ from safetensors.torch import load, save
 from support.hostile import change_manifest, replace
 from support.routed import new_library, tiny_base, tuner_of
 
-from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.router import CONFIG, WEIGHTS, Router, RouterConfig
+from axolotl_brainstacks.router_args import GateArgs
 
 DOMAINS = ["chat", "code", "math"]
 GATE = GateArgs(gate_threshold=0.5, weights="soft", floors={})

@@ -9,7 +9,7 @@ from typing import Any
 from axolotl.utils.schemas.enums import CustomSupportedOptimizers
 from transformers.training_args import OptimizerNames
 
-from axolotl_brainstacks.args import nearest
+from axolotl_brainstacks.config_errors import nearest
 
 # Keys that no run may set, each with the reason and, where there is one, the alternative.
 REFUSED = {

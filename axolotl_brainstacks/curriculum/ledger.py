@@ -22,7 +22,7 @@ from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.evaluation import Example, check_vocabulary, pack_rows, unpack_rows
 from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord, replacement
 from axolotl_brainstacks.library.base_model import BaseModelInfo
-from axolotl_brainstacks.library.manifest import ConstraintRecord
+from axolotl_brainstacks.library.entries import ConstraintRecord
 from axolotl_brainstacks.library.report import FORGETTING, SAMPLES, read_records, write_report
 
 

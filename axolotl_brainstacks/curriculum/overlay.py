@@ -7,7 +7,8 @@ from typing import Any
 
 from axolotl.integrations.config import merge_input_args
 
-from axolotl_brainstacks.args import DomainArgs, nearest
+from axolotl_brainstacks.args import DomainArgs
+from axolotl_brainstacks.config_errors import nearest
 from axolotl_brainstacks.curriculum.checks import check_refused
 from axolotl_brainstacks.curriculum.rl_checks import check_settings, rl_title
 

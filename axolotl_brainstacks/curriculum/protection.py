@@ -32,7 +32,7 @@ from axolotl_brainstacks.curriculum.ledger import Protected
 from axolotl_brainstacks.curriculum.session import Session
 from axolotl_brainstacks.guarded import printable
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import ConstraintRecord
+from axolotl_brainstacks.library.entries import ConstraintRecord
 
 LOG = get_logger(__name__)
 

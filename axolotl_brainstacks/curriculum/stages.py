@@ -18,7 +18,8 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from pydantic import ValidationError
 
-from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs, explain
+from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs
+from axolotl_brainstacks.config_errors import explain
 from axolotl_brainstacks.curriculum.overlay import SAVING, overlaid, overlaid_rl
 from axolotl_brainstacks.curriculum.reward_check import check_rewards, load_reward_funcs
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE, check_generations, check_rows, rl_title

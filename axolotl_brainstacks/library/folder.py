@@ -19,10 +19,11 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from axolotl_brainstacks.guarded import folder_problem, parse_json, printable, read
+from axolotl_brainstacks.library.entries import CONFIG as CONFIG
+from axolotl_brainstacks.library.entries import MANIFEST, STACK_PATTERN, FileRecord
+from axolotl_brainstacks.library.entries import WEIGHTS as WEIGHTS
 from axolotl_brainstacks.library.locking import LOCK, OWNER, FolderLock
-from axolotl_brainstacks.library.manifest import CONFIG as CONFIG
-from axolotl_brainstacks.library.manifest import MANIFEST, STACK_PATTERN, BaseModelInfo, FileRecord, Manifest
-from axolotl_brainstacks.library.manifest import WEIGHTS as WEIGHTS
+from axolotl_brainstacks.library.manifest import BaseModelInfo, Manifest
 from axolotl_brainstacks.library.storage import (
     json_to_bytes,
     make_writable,

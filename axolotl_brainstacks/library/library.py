@@ -8,16 +8,10 @@ from torch import Tensor
 
 from axolotl_brainstacks.guarded import load_tensors, parse_json, printable
 from axolotl_brainstacks.library import replacement
+from axolotl_brainstacks.library.entries import DomainEntry, NullSpaceEntry, RoundRecord, RouterEntry, StackEntry
 from axolotl_brainstacks.library.folder import CONFIG, STAGING, WEIGHTS
 from axolotl_brainstacks.library.manifest import BaseModelInfo as BaseModelInfo
-from axolotl_brainstacks.library.manifest import (
-    DomainEntry,
-    Manifest,
-    NullSpaceEntry,
-    RoundRecord,
-    RouterEntry,
-    StackEntry,
-)
+from axolotl_brainstacks.library.manifest import Manifest
 from axolotl_brainstacks.library.records import LibraryRecords
 from axolotl_brainstacks.library.storage import (
     copy_durably,

@@ -25,8 +25,8 @@ from axolotl_brainstacks.adapter.tensors import stack_tensors
 from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.guarded import load_tensors, printable, read_json
 from axolotl_brainstacks.library.base_model import BaseModelInfo
+from axolotl_brainstacks.library.entries import CONFIG, WEIGHTS, DomainEntry, StackEntry
 from axolotl_brainstacks.library.library import Library
-from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS, DomainEntry, StackEntry
 from axolotl_brainstacks.names import DOMAIN_NAME
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")

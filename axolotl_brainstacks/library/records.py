@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from axolotl_brainstacks.guarded import read
+from axolotl_brainstacks.library.entries import ROUTER_FILES, FileRecord
 from axolotl_brainstacks.library.folder import LibraryFolder
-from axolotl_brainstacks.library.manifest import ROUTER_FILES, FileRecord
 from axolotl_brainstacks.library.storage import read_checked, record_of
 
 

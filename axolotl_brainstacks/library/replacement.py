@@ -5,7 +5,8 @@ The functions here change a manifest in memory; `Library` commits each change at
 
 from collections.abc import Sequence
 
-from axolotl_brainstacks.library.manifest import DomainEntry, Manifest
+from axolotl_brainstacks.library.entries import DomainEntry
+from axolotl_brainstacks.library.manifest import Manifest
 
 
 def check(manifest: Manifest, name: str) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from axolotl_brainstacks.guarded import parse_json, printable
+from axolotl_brainstacks.library.entries import DomainName
 from axolotl_brainstacks.library.library import Library
-from axolotl_brainstacks.library.manifest import DomainName
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from axolotl_brainstacks.guarded import load_tensors as load_tensors
 from axolotl_brainstacks.guarded import open_regular, printable, read
-from axolotl_brainstacks.library.manifest import FileRecord
+from axolotl_brainstacks.library.entries import FileRecord
 
 
 def record_of(data: bytes) -> FileRecord:

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.tensors import check_values
-from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.guarded import folder_problem, parse_json, parse_tensors, printable, read
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
 from axolotl_brainstacks.library.storage import json_to_bytes, problem_of, record_of, tensors_to_bytes
 from axolotl_brainstacks.router.features import MAX_TOKENS
 from axolotl_brainstacks.router.network import OutcomeRouter
 from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_args import GateArgs
 
 CONFIG = "router/router_config.json"
 WEIGHTS = "router/router.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from axolotl_brainstacks.args import GateArgs
+from axolotl_brainstacks.router_args import GateArgs
 
 
 def gate(probabilities: Tensor, domains: Sequence[str], args: GateArgs) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from axolotl_brainstacks.args import GateArgs, RouterArgs
 from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_args import GateArgs, RouterArgs
 from axolotl_brainstacks.router_training.discovery import DiscoveryResult, row_key, set_weights
 from axolotl_brainstacks.router_training.measure import LossMeter
 

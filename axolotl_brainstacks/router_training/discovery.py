@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
-from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.distributed import is_main, on_main
 from axolotl_brainstacks.evaluation import Example
 from axolotl_brainstacks.guarded import parse_json, printable
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.router_args import RouterArgs
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.search import DomainSet, Search
 

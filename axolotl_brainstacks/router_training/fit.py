@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from axolotl_brainstacks.args import DiscoveryArgs, FitArgs
 from axolotl_brainstacks.router.features import pad_right
 from axolotl_brainstacks.router.router import Router
+from axolotl_brainstacks.router_args import DiscoveryArgs, FitArgs
 from axolotl_brainstacks.router_training.search import DomainSet
 
 

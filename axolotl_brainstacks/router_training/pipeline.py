@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axolotl_brainstacks.args import GateArgs, RouterArgs, ThresholdArgs
 from axolotl_brainstacks.distributed import on_main
 from axolotl_brainstacks.evaluation import check_vocabulary
 from axolotl_brainstacks.guarded import parse_json
 from axolotl_brainstacks.library import Library, Manifest
-from axolotl_brainstacks.library.manifest import WEIGHTS as STACK_WEIGHTS
+from axolotl_brainstacks.library.entries import WEIGHTS as STACK_WEIGHTS
 from axolotl_brainstacks.library.report import ROUTER_CHART, write_report
 from axolotl_brainstacks.library.storage import json_to_bytes
 from axolotl_brainstacks.router.router import Router, RouterConfig
 from axolotl_brainstacks.router.thresholds import gate
+from axolotl_brainstacks.router_args import GateArgs, RouterArgs, ThresholdArgs
 from axolotl_brainstacks.router_training.calibrate import calibrate, gate_losses
 from axolotl_brainstacks.router_training.data import MIXED, Sample, keep_rows
 from axolotl_brainstacks.router_training.discovery import DiscoveryResult, discover, row_key

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Self
 
-from axolotl_brainstacks.args import DiscoveryArgs
+from axolotl_brainstacks.router_args import DiscoveryArgs
 
 # Domains in the library's order; () is the empty set.
 DomainSet = tuple[str, ...]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from random import Random
 from typing import Literal, get_args
 
-from axolotl_brainstacks.args import RouterArgs
 from axolotl_brainstacks.evaluation import Example
+from axolotl_brainstacks.router_args import RouterArgs
 from axolotl_brainstacks.router_training.data import MIXED, Sample, more_rows
 
 Part = Literal["train", "validation", "test"]

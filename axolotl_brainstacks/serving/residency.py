@@ -15,7 +15,7 @@ from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
 from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.guarded import load_tensors
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import WEIGHTS
+from axolotl_brainstacks.library.entries import WEIGHTS
 from axolotl_brainstacks.library.storage import problem_of
 
 # Changes whenever a file's content does: modification and status-change time in ns, size in bytes, inode, device.

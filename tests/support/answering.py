@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from axolotl_brainstacks.args import GateArgs
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.router.router import Router, RouterConfig
+from axolotl_brainstacks.router_args import GateArgs
 from support.routed import VOCABULARY, new_library, tiny_base
 from support.seeds import seeded_random
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS
+from axolotl_brainstacks.library.entries import CONFIG, WEIGHTS
 from axolotl_brainstacks.router import router
 from support.answering import random_router
 from support.fuzzed_files import contents_to_read

@@ -18,8 +18,9 @@ from axolotl_brainstacks import cli
 from axolotl_brainstacks.evaluation import pack_rows, unpack_rows
 from axolotl_brainstacks.guarded import parse_json
 from axolotl_brainstacks.library import Library
+from axolotl_brainstacks.library.entries import DomainEntry, RouterEntry
 from axolotl_brainstacks.library.lora_import import read_config, read_pairs, stack_of
-from axolotl_brainstacks.library.manifest import BaseModelInfo, DomainEntry, RouterEntry
+from axolotl_brainstacks.library.manifest import BaseModelInfo
 from axolotl_brainstacks.library.report import FORGETTING, SAMPLES, write_report
 from axolotl_brainstacks.router_training.data import _kept
 from axolotl_brainstacks.router_training.discovery import Records

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from axolotl_brainstacks.library.manifest import CONFIG, WEIGHTS
+from axolotl_brainstacks.library.entries import CONFIG, WEIGHTS
 from axolotl_brainstacks.library.storage import record_of
 
 

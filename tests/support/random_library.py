@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from axolotl_brainstacks.library import Library
-from axolotl_brainstacks.library.manifest import BaseModelInfo, ConstraintRecord, DomainEntry, RoundRecord
+from axolotl_brainstacks.library.entries import ConstraintRecord, DomainEntry, RoundRecord
+from axolotl_brainstacks.library.manifest import BaseModelInfo
 
 CONFIG = {"peft_type": "BRAINSTACKS", "r": 4, "target_modules": {"v_proj", "q_proj"}}
 KEY = "base_model.model.layers.0.q_proj.brainstacks_"
