@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 from axolotl_brainstacks.distributed import gather_objects, rank, world_size
 from axolotl_brainstacks.guarded import parse_tensors, printable
-
-if TYPE_CHECKING:
-    # At run time, importing PEFT registers our type, and that imports this module.
-    from peft import PeftModel
 
 IGNORED = -100  # the label of tokens that are no answer, as in Transformers
 
@@ -150,7 +146,7 @@ def batch_losses(model: nn.Module, batch: Batch) -> list[tuple[float, int]]:
     targets = batch.labels[:, 1:]  # (rows, tokens - 1): position t predicts token t + 1
     read = (targets != IGNORED).any(0).nonzero().squeeze(1)  # (positions,)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel, whose own forward takes anything
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         # A list, not a tensor: the last layer may be on another device than the batch.
         logits = model(**inputs, logits_to_keep=read.tolist()).logits
