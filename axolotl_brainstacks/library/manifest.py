@@ -62,7 +62,7 @@ class Manifest(Entry):
                 raise ValueError(f"stack {stack.name!r} belongs to domain {stack.domain!r}, which is not listed")
             if int(stack.name[1:].partition("_")[0]) >= self.next_stack:
                 raise ValueError(f"next_stack is {self.next_stack}, but stack {stack.name!r} exists")
-        files: dict[str, str] = Field(default_factory=dict)
+        files: dict[str, str] = {}
         for domain in self.domains:
             if foreign := [name for name in domain.replaced if owner.get(name) != domain.name]:
                 raise ValueError(f"domain {domain.name!r} replaces stack {foreign[0]!r}, which is not its own")
