@@ -24,7 +24,10 @@ class Assumption(NamedTuple):
 REFUSALS = (
     Refusal(r"stacks cannot be merged into the base weights", "merging: a stack's gates depend on the token"),
     Refusal(r"routes rows by stack weights, not by `adapter_names`", "`adapter_names`: `use_stacks` weights rows"),
-    Refusal(r"'BRAINSTACKS' is not compatible with the `PeftMixedModel`", "mixed types: nothing to mix with"),
+    Refusal(
+        r"'BRAINSTACKS' is not compatible with the `PeftMixedModel`|BRAINSTACKS is not supported for mixed models",
+        "mixed types: nothing to mix with",
+    ),
     Refusal(r"scaling is only supported for models with `LoraLayer`s", "scaling: `use_stacks` weights stacks"),
     Refusal(r"cannot wrap .* is no linear layer|Only same dim for query/key/value", "layers that are not linear"),
     Refusal(r"has no attribute 'add_weighted_adapter'", "weighted sums of adapters: `use_stacks` weights stacks"),

@@ -110,9 +110,8 @@ def _ended(item: pytest.Function, call: pytest.CallInfo[None], report: pytest.Te
         return ("skipped" if reached else "not ours"), messages[0]
     if any(NO_FILE.search(message) for message in messages):
         return "no file", messages[0]
-    if not reached:
-        return "not reached", messages[0]
-    return kind_of(f"{item.path.name}::{item.nodeid.partition('::')[2]}", messages)
+    kind, why = kind_of(f"{item.path.name}::{item.nodeid.partition('::')[2]}", messages)
+    return ("not reached", why) if kind == "failed" and not reached else (kind, why)
 
 
 def _messages(error: BaseException | None) -> Iterator[str]:
