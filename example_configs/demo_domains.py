@@ -55,7 +55,7 @@ def load_reasoning_gym() -> Any:
 
     Only its logic puzzles, which the demo does not use, call pycosat; an empty module lets the import succeed.
     """
-    if find_spec("pycosat") is None:
+    if "pycosat" not in sys.modules and find_spec("pycosat") is None:
         sys.modules["pycosat"] = ModuleType("pycosat")
     import reasoning_gym
 
