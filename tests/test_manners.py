@@ -259,7 +259,7 @@ def test_a_run_that_began_to_train_keeps_all_of_it(tiny_llama_dir: Path, tmp_pat
     config = tiny_config(tiny_llama_dir, tmp_path, ["chat", "math"])
     config["brainstacks"]["domains"][1] |= {"micro_batch_size": 64, "dataloader_drop_last": True}
     log = train(config, tmp_path, expect=1, debug=False)
-    assert_one_line(log, "The rows of `datasets` of domain `math` do not fill one batch")
+    assert_one_line(log, "The examples of `datasets` of domain `math` do not fill one batch")
     library = Library.open(Path(config["output_dir"]) / "library")
     assert library.manifest.domain("chat").done and library.verify() == []
     assert Path(config["dataset_prepared_path"]).is_dir() and (Path(config["output_dir"]) / "debug.log").exists()

@@ -299,7 +299,7 @@ def test_a_key_with_control_characters_is_printed_escaped(path: Path, load: Load
         ("balance_coef", float("inf"), "Infinity is no finite"), ("balance_coef", "a", "balance_coef is 'a'"),
         ("target_modules", [1], r"target_modules is \[1\]"), ("target_modules", {"a": 1}, "target_modules is"),
         ("layers_to_transform", ["a"], "layers_to_transform is"), ("layers_pattern", 3, "layers_pattern is 3"),
-        ("library", "..", "none of a stack"), ("peft_type", "LORA", "none of a stack"),
+        ("library", "..", "not the config of a stack"), ("peft_type", "LORA", "not the config of a stack"),
     ],
 )  # fmt: skip
 def test_wrong_values_in_a_stacks_config_are_named(
@@ -317,7 +317,7 @@ def test_wrong_values_in_a_stacks_config_are_named(
 )
 def test_a_stacks_config_that_is_none_is_named(path: Path, load: Load, content: bytes) -> None:
     replace(path, f"stacks/s003_math/{CONFIG}", content)
-    with pytest.raises(ValueError, match=r"s003_math.*(none of a stack|is damaged)"):
+    with pytest.raises(ValueError, match=r"s003_math.*(not the config of a stack|is damaged)"):
         load(path)
 
 

@@ -54,7 +54,8 @@ class Sizes:
         """
         model = meta_model(cfg)
         base = base_bytes(model, cfg)
-        with torch.device("meta"):
+        # A fresh stack draws its seed from the global generator, and a run has to learn the same with and without its plan.
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             wrapped = tuner(get_peft_model(model, stack_config(cfg, plan)))
         wrapped.set_frozen_dtype(plan.block.frozen_dtype)
         return cls(base, list(wrapped.brainstacks_layers()), str(cfg.optimizer))
