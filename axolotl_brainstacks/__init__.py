@@ -43,9 +43,15 @@ class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from axolotl_brainstacks.serving.registration import register_peft_type
+    from axolotl_brainstacks.adapter.registration import register_peft_type
 
-    register_peft_type()
+    register_peft_type(_load_tuner)
+
+
+def _load_tuner() -> type:
+    from axolotl_brainstacks.serving.model import BrainstacksModel
+
+    return BrainstacksModel
 
 
 if "peft" in sys.modules:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-
-from axolotl_brainstacks import errors
 
 if TYPE_CHECKING:
     from axolotl.common.datasets import TrainDatasetMeta
@@ -46,9 +45,12 @@ class BrainstacksPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         self.plan = self.run = self.footprint = None
-        errors.uninstall()
+        if (installed := sys.modules.get(f"{__package__}.errors")) is not None:
+            installed.uninstall()  # by an earlier config of this process
         if cfg.get("adapter") != ADAPTER and not cfg.get("brainstacks"):
             return
+        from axolotl_brainstacks import errors
+
         if not cfg.get("debug"):
             errors.install(self._clean_up)
         if cfg.get("adapter") == ADAPTER:

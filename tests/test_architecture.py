@@ -90,7 +90,7 @@ assert not any(importlib.util.find_spec(name) for name in {TRAINING!r})
 import axolotl_brainstacks.cli, axolotl_brainstacks.library.joining, axolotl_brainstacks.library.lora_import
 import axolotl_brainstacks.library.report, axolotl_brainstacks.serving.model, axolotl_brainstacks.calibration
 from peft import PEFT_TYPE_TO_TUNER_MAPPING
-assert PEFT_TYPE_TO_TUNER_MAPPING["BRAINSTACKS"] is axolotl_brainstacks.serving.model.BrainstacksModel
+assert PEFT_TYPE_TO_TUNER_MAPPING["BRAINSTACKS"].generate is axolotl_brainstacks.serving.model.BrainstacksModel.generate
 """
     environment = os.environ | {"PYTHONPATH": f"{PACKAGE.parent}:{tmp_path}"}
     command = [sys.executable, "-S", "-c", script]

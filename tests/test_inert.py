@@ -49,7 +49,8 @@ def report():
         print(json.dumps([sys.argv[0], names, blamed]), file=file)
 """
 # The plugin and the shape of its settings, the adapter that PEFT gets to know, and what that computes with.
-LIGHT = {"plugin", "args", "adapter", "nullspace", "distributed", "guarded"}
+SETTINGS = {"args", "router_args", "config_errors", "names"}
+LIGHT = {"plugin", *SETTINGS, "adapter", "distributed", "guarded"}
 
 
 def spied(folder: Path, prologue: str = "") -> dict[str, str]:

@@ -8,8 +8,8 @@ import sys
 
 from peft import PeftType
 
-from axolotl_brainstacks.adapter import BrainstacksConfig
-from axolotl_brainstacks.serving.registration import register_peft_type
+from axolotl_brainstacks.adapter import BrainstacksConfig, StackTuner
+from axolotl_brainstacks.adapter.registration import register_peft_type
 
 
 def test_the_peft_type_is_a_member_like_any_other() -> None:
@@ -18,7 +18,7 @@ def test_the_peft_type_is_a_member_like_any_other() -> None:
     assert pickle.loads(pickle.dumps(member)) is member and copy.deepcopy(member) is member
     assert json.dumps(member) == '"BRAINSTACKS"' and list(PeftType).count(member) == 1
     before = list(PeftType)
-    register_peft_type()
+    register_peft_type(lambda: StackTuner)
     assert list(PeftType) == before
     config = BrainstacksConfig(r=3, num_experts=2, target_modules=["v_proj", "q_proj"])
     assert pickle.loads(pickle.dumps(config)) == config == BrainstacksConfig(**config.to_dict())
