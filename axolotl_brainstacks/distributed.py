@@ -75,6 +75,30 @@ def gather_objects[T](value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def my_share(count: int) -> Iterator[tuple[int, bool]]:
+    """The numbers below `count` that this process works on, each with whether its result counts.
+
+    All processes get equally many, because the forward of a sharded model is a collective operation. To fill up, a process
+    may get the last number once more; the caller must drop that result.
+    """
+    own, ranks = rank(), world_size()
+    for turn in range(-(-count // ranks)):  # rounded up
+        number = turn * ranks + own
+        yield min(number, count - 1), number < count
+
+
+def over_ranks[T, R](items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
+    """Compute a result for every item, divided among the processes by `my_share`. Every process must call this and gets all
+    results, in order."""
+    own: dict[int, R] = {}
+    for number, counts in my_share(len(items)):
+        result = compute(items[number])
+        if counts:
+            own[number] = result
+    of_all = {number: result for part in gather_objects(own) for number, result in part.items()}
+    return [of_all[number] for number in range(len(items))]
+
+
 def check_same(what: str, seen: str, fix: str) -> None:
     """Check that all processes have the same `seen`. Every process must call this.
 

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
+from axolotl_brainstacks import distributed
 from axolotl_brainstacks.guarded import printable
 
 _PACKAGE = __name__.partition(".")[0]
 # Here an error is raised that every rank has: see `on_main`, `on_every_rank` and `check_same`.
-_SHARED = f"{_PACKAGE}.distributed"
+_SHARED = distributed.__name__
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
@@ -69,5 +68,5 @@ def _speaks(module: str) -> bool:
 
     Before the ranks know each other they all read the same config, and all find the same mistake in it.
     """
-    together = dist.is_available() and dist.is_initialized()
+    together = distributed.world_size() > 1
     return os.environ.get("LOCAL_RANK", "0") == "0" or (together and module != _SHARED)

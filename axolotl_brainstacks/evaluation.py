@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from axolotl_brainstacks.distributed import gather_objects, rank, world_size
+from axolotl_brainstacks.distributed import my_share, over_ranks, world_size
 from axolotl_brainstacks.guarded import parse_tensors, printable
 
 IGNORED = -100  # the label of tokens that are no answer, as in Transformers
@@ -125,16 +125,13 @@ def _padded(values: list[list[int]], fill: int, device: torch.device) -> Tensor:
 def my_batches(rows: Sequence[Example], batch_size: int, device: torch.device) -> Iterator[tuple[int | None, Batch]]:
     """This process's share of the batches, as pairs (index of the batch's first example, batch).
 
-    All processes get equally many batches, because the forward of a sharded model is a collective operation. To fill up, a
-    process may get a surplus batch with index None, whose result the caller must drop. The content of a batch does not
-    depend on the number of processes, so neither does the rounding of its losses.
+    Batches are divided by `my_share`; a surplus one has index None, and the caller must drop its result. The content of a
+    batch does not depend on the number of processes, so neither does the rounding of its losses.
     """
-    own, ranks = rank(), world_size()
-    starts = list(range(0, len(rows), batch_size))
-    for turn in range(-(-len(starts) // ranks)):  # rounded up
-        number = turn * ranks + own
-        start = starts[min(number, len(starts) - 1)]
-        yield start if number < len(starts) else None, Batch.of(rows[start : start + batch_size], device)
+    starts = range(0, len(rows), batch_size)
+    for number, counts in my_share(len(starts)):
+        start = starts[number]
+        yield start if counts else None, Batch.of(rows[start : start + batch_size], device)
 
 
 @torch.no_grad()
@@ -176,16 +173,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def row_losses(model: nn.Module, rows: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
     """`batch_losses` of all examples `rows`, in their order. The processes share the work, and each gets all results."""
     device = next(model.parameters()).device
-    own: dict[int, tuple[float, int]] = {}
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with evaluating(model):
-        for start, batch in my_batches(rows, batch_size, device):
-            losses = batch_losses(model, batch)
-            if start is not None:
-                own.update(enumerate(losses, start))
-    of_all: dict[int, tuple[float, int]] = {}
-    for part in gather_objects(own):
-        of_all.update(part)
-    return [of_all[i] for i in range(len(rows))]
+        losses = over_ranks(batches, lambda batch: batch_losses(model, Batch.of(batch, device)))
+    return [loss for of_batch in losses for loss in of_batch]
 
 
 def mean_loss(model: nn.Module, rows: Sequence[Example], batch_size: int) -> float:

@@ -10,7 +10,7 @@ from support.wrapped import TINY, freeze, layers_of, llama, tuner_of, wrap
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from axolotl_brainstacks import evaluation
+from axolotl_brainstacks import distributed
 from axolotl_brainstacks.evaluation import (
     IGNORED,
     Batch,
@@ -193,9 +193,9 @@ def test_every_row_is_measured_once_whatever_the_number_of_ranks(
     alone = {start: batch for start, batch in my_batches(rows, batch_size, CPU) if start is not None}
     seen: list[int] = []
     turns = set()
-    monkeypatch.setattr(evaluation, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     for rank in range(ranks):
-        monkeypatch.setattr(evaluation, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         mine = list(my_batches(rows, batch_size, CPU))
         turns.add(len(mine))
         for start, batch in mine:

@@ -10,27 +10,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.tuner import StackTuner
-from axolotl_brainstacks.distributed import gather_objects, rank, world_size
+from axolotl_brainstacks.distributed import over_ranks, world_size
 from axolotl_brainstacks.evaluation import Batch, Example, batch_losses, evaluating
 from axolotl_brainstacks.router.features import base_features, pad_right
 from axolotl_brainstacks.router.router import Stack, spread
-
-
-def over_ranks[T, R](items: Sequence[T], compute: Callable[[T], R]) -> list[R]:
-    """Compute a result for every item, divided among the processes. Every process must call this and gets all results, in order.
-
-    All processes call `compute` equally often, because the forward of a sharded model is a collective operation. A process that
-    has no item left computes the last one again and drops the result.
-    """
-    own_rank, ranks = rank(), world_size()
-    own: dict[int, R] = {}
-    for turn in range(-(-len(items) // ranks)):  # rounded up
-        number = turn * ranks + own_rank
-        result = compute(items[min(number, len(items) - 1)])
-        if number < len(items):
-            own[number] = result
-    of_all = {number: result for part in gather_objects(own) for number, result in part.items()}
-    return [of_all[number] for number in range(len(items))]
 
 
 @dataclass
