@@ -109,8 +109,10 @@ def _column_problem(basis: Tensor, held: Tensor, outputs: int | None) -> str | N
     union = torch.cat([held, basis], dim=1).double()  # (out, d' + d)
     if union.shape[1] > outputs:
         return f"and those of earlier domains are {union.shape[1]}, more than its {outputs} outputs"
-    gram = union.T @ union  # (d' + d, d' + d); the identity if the columns are orthonormal
-    if not torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), rtol=0, atol=_ORTHONORMAL):
+    # Only the Gram matrix's columns of this domain: those of earlier domains were checked in their turn.
+    gram = union.T @ basis.double()  # (d' + d, d); zeros above the identity if the columns are orthonormal
+    expected = torch.eye(len(gram), dtype=gram.dtype)[:, held.shape[1] :]
+    if not torch.allclose(gram, expected, rtol=0, atol=_ORTHONORMAL):
         return "are not orthonormal, or overlap with those of earlier domains"
     return None
 
