@@ -230,7 +230,7 @@ class Ledger:
         self,
         domain: str,
         record: RoundRecord,
-        stack: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None,
+        stack: tuple[dict[str, Any], dict[str, Tensor]] | None,
     ) -> RoundRecord:
         """Record a round.
 
@@ -247,7 +247,7 @@ class Ledger:
                 self.library.record_round(domain, record)
             else:
                 config, tensors = stack
-                self.library.add_stack(domain, record.round, dict(config), dict(tensors), record, context)
+                self.library.add_stack(domain, record.round, config, tensors, record, context)
             return self.library.manifest.domain(domain).rounds[-1]
 
         return on_main(write)

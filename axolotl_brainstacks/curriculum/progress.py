@@ -138,7 +138,7 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.monotonic()
-        if state.is_world_process_zero and now > self._drawn + _REDRAW:
+        if self.display.live and state.is_world_process_zero and now > self._drawn + _REDRAW:
             self._drawn = now
             best = f"best {self._best:.3f}" if self.guard.best is not None else ""
             self.display.draw(_joined([_bar(state), *self._place(state), best, self._left(state)]))

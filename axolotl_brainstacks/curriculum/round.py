@@ -137,11 +137,9 @@ class Round(TrainerCallback):
 
         The round resumes only from a checkpoint with the same fingerprint.
         """
-        session, below = self.session, self.ledger.below()
         parts = {
-            "library": self.ledger.plan.library_from(session.output_dir),
-            "base": below["base"],
-            "stacks": below["stacks"],
+            "library": self.ledger.plan.library_from(self.session.output_dir),
+            **self.ledger.below(),
             "settings": self.stage.settings,
             "data": self.stage.data,
             "processes": world_size(),
