@@ -18,7 +18,7 @@ from axolotl_brainstacks.curriculum.progress import duration
 from axolotl_brainstacks.library import Library
 
 EVALUATION = re.compile(
-    r"^chat 1/1 · step (\d)/4( · loss \d\.\d{3})? · validation \d\.\d{3} \((start|best|best \d\.\d{3})\)( · \d+ s left)?$"
+    r"^chat 1/1 · step (\d)/4( · loss \d\.\d{3})? · validation loss \d\.\d{3} \((start|best|best \d\.\d{3})\)( · \d+ s left)?$"
 )
 
 

@@ -11,7 +11,8 @@ from support.wrapped import tuner_of, wrap
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_brainstacks.curriculum.guard import Guard, Objective
-from axolotl_brainstacks.curriculum.round import round_seed, unusable
+from axolotl_brainstacks.curriculum.round import round_seed
+from axolotl_brainstacks.curriculum.verdict import unusable
 from axolotl_brainstacks.library import Library
 
 ONE_ROUND = {"max_rounds": 1, "min_loss_delta": 0.0}

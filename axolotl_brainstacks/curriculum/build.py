@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
-from axolotl_brainstacks.adapter.tuner import PROJECTIONS, StackTuner
+from axolotl_brainstacks.adapter.injection import PROJECTIONS
+from axolotl_brainstacks.adapter.tuner import StackTuner
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.distributed import is_main
 from axolotl_brainstacks.library import Library

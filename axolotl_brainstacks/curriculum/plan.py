@@ -10,7 +10,7 @@ from typing import Any
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
-from axolotl_brainstacks.adapter.tuner import PROJECTIONS
+from axolotl_brainstacks.adapter.injection import PROJECTIONS
 from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.checks import check_refused, check_values
 from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid, overlaid_rl

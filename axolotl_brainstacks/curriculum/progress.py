@@ -161,7 +161,9 @@ class Progress(TrainerCallback):
             note = f"best {self._best:.3f}"
         else:
             note = "best"
-        self.display.write(_joined([*self._place(state), f"validation {value:.3f} ({note})", self._left(state)]))
+        self.display.write(
+            _joined([*self._place(state), f"validation {self.measure} {value:.3f} ({note})", self._left(state)])
+        )
 
     @property
     def _best(self) -> float:
