@@ -113,13 +113,13 @@ def chart(evaluation: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(2.5 + 1.4 * len(losses), 4), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(CHOICES)
-    for number, (choice, colour) in enumerate(zip(CHOICES, COLOURS, strict=True)):
+    for number, (choice, name, colour) in enumerate(zip(CHOICES, HEADINGS, COLOURS, strict=False)):  # regret has no bar
         offset = (number - (len(CHOICES) - 1) / 2) * width
         bars = [(x + offset, row[choice]) for x, row in enumerate(losses.values()) if choice in row]
-        axes.bar([x for x, _ in bars], [y for _, y in bars], width, label=choice.replace("_", " "), color=colour)
+        axes.bar([x for x, _ in bars], [y for _, y in bars], width, label=name, color=colour)
     axes.set_xticks(range(len(losses)), [source.removeprefix("_") for source in losses])
     axes.set_ylabel("mean loss per answer token")
     axes.set_title("Unseen prompts: what the router's choice costs", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(CHOICES), frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return png(figure)
