@@ -172,7 +172,9 @@ def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
             if manifest.domain(domain).before and new and not yes:
                 click.confirm(f"Drop the new {_counted(new)} of {domain}?", abort=True)
             opened.undo_replacement(domain)
-            click.echo(f"{domain} is as it was.")
+            click.echo(
+                f"{domain} answers as it did. The columns that protect it are fitted again by the next `axolotl train`."
+            )
             return
         replacement.check(manifest, domain)
         if dependents := manifest.dependents(domain):
