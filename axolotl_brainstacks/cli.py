@@ -156,7 +156,7 @@ def _loss(loss: float) -> str:
 @library.command()
 @click.argument("domain")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--undo", is_flag=True, help="Put the domain back as it was, without the stacks trained since.")
+@click.option("--undo", is_flag=True, help="Put the domain's old stacks back, without those trained since.")
 @click.pass_context
 def replace(ctx: click.Context, domain: str, yes: bool, undo: bool) -> None:
     """Let the next `axolotl train` train DOMAIN again, in its place.

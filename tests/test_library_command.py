@@ -120,7 +120,10 @@ def test_cli_replace(library: Library) -> None:
         library.add_stack("chat", 1, CONFIG, some_tensors(), a_round())
     result = run(library, "replace", "chat", "--undo", answer="n\n")
     assert result.exit_code == 1 and "s003_chat" in result.output
-    assert run(library, "replace", "chat", "--undo", "--yes").output.startswith("chat answers as it did. ")
+    undone = run(library, "replace", "chat", "--undo", "--yes").output
+    assert (
+        undone == "chat answers as it did. The columns that protect it are fitted again by the next `axolotl train`.\n"
+    )
     after = Library.open(library.path)
     assert after.manifest.domain("chat").done and after.verify() == []
     assert [stack.name for stack in after.manifest.stacks] == ["s001_chat", "s002_code"]

@@ -18,6 +18,7 @@ from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.adapter.gating import BatchTokens
 from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.offload import Offload
+from axolotl_brainstacks.adapter.registration import PREFIX
 from axolotl_brainstacks.adapter.tensors import is_stack_key, stack_tensors
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,7 +30,7 @@ class ProjectionTuner(BaseTuner):
     The stack in training is a PEFT adapter. `StackTuner` adds the frozen stacks.
     """
 
-    prefix: str = "brainstacks_"
+    prefix: str = PREFIX
     tuner_layer_cls = BrainstacksLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 

@@ -113,7 +113,7 @@ def chart(evaluation: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(2.5 + 1.4 * len(losses), 4), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(CHOICES)
-    for number, (choice, name, colour) in enumerate(zip(CHOICES, HEADINGS, COLOURS, strict=False)):  # regret has no bar
+    for number, (choice, name, colour) in enumerate(zip(CHOICES, HEADINGS[:-1], COLOURS, strict=True)):
         offset = (number - (len(CHOICES) - 1) / 2) * width
         bars = [(x + offset, row[choice]) for x, row in enumerate(losses.values()) if choice in row]
         axes.bar([x for x, _ in bars], [y for _, y in bars], width, label=name, color=colour)
