@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO / "example_configs"))
@@ -47,6 +48,8 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
     seed_everything(item.nodeid)
+    # An interrupt inside the exit of torch.no_grad() leaves gradients off in the thread, and tests of interrupts hit it.
+    torch.set_grad_enabled(True)
 
 
 @pytest.hookimpl(wrapper=True)
