@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -243,10 +243,23 @@ def kill(setting: Setting, kills: int, rng: Random, temporary: Path) -> None:
                 with Library.open(library).writing() as opened:
                     assert opened.verify() == [], opened.verify()
         assert Library.open(library).verify() == []
-        assert setting.result(folder) == expected, f"run {runs} made another library"
+        differences = list(differing(expected, setting.result(folder)))
+        assert not differences, f"run {runs} made another library: " + "; ".join(differences)
         print(f"run {runs} finished with the same library", flush=True)
         shutil.rmtree(folder)
     show(setting, moments, runs, leftovers)
+
+
+def differing(expected: Any, found: Any, place: str = "") -> Iterator[str]:
+    """Every value that is not as expected, with its place."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted(expected.keys() | found.keys()):
+            yield from differing(expected.get(key), found.get(key), f"{place}/{key}")
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for number, pair in enumerate(zip(expected, found, strict=True)):
+            yield from differing(*pair, f"{place}/{number}")
+    elif expected != found:
+        yield f"{place}: {expected} -> {found}"
 
 
 def undisturbed(setting: Setting, temporary: Path) -> tuple[dict[str, Any], float]:
@@ -261,7 +274,8 @@ def undisturbed(setting: Setting, temporary: Path) -> tuple[dict[str, Any], floa
         seconds = max(seconds, time.monotonic() - begin)
         finish(processes, folder)
         results.append(setting.result(folder))
-    assert results[0] == results[1], "two undisturbed runs make different libraries"
+    differences = list(differing(*results))
+    assert not differences, "two undisturbed runs make different libraries: " + "; ".join(differences)
     print(f"undisturbed: {seconds:.1f} s, {len(results[1]['hashes'])} files compared", flush=True)
     return results[1], seconds
 

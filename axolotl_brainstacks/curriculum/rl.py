@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_brainstacks.curriculum.reward_check import checked
 from axolotl_brainstacks.curriculum.rl_checks import ONLINE
@@ -41,6 +41,7 @@ def prepare_rl(trainer: Trainer, rl: str, seed: int, report: Callable[[str], Non
         trainer.generation_config.remove_invalid_values = True  # type: ignore[attr-defined]
         trainer.generation_kwargs["remove_invalid_values"] = True  # type: ignore[attr-defined]
         _evaluate_alike(trainer, seed)
+        _shuffle_by_epoch(trainer)
 
 
 def between_generations(trainer: Trainer) -> bool:
@@ -65,3 +66,34 @@ def _evaluate_alike(trainer: Trainer, seed: int) -> None:
             return evaluate(*args, **kwargs)
 
     setattr(trainer, "evaluate", seeded)  # noqa: B010
+
+
+class _ShuffleByEpoch(TrainerCallback):
+    """Seeds the sampler of training with the number of the epoch that begins."""
+
+    def __init__(self) -> None:
+        self.sampler: Any = None
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed run begins in the middle of an epoch.
+        epoch = int((state.epoch or 0.0) + 1e-6)
+        if generator := getattr(self.sampler, "generator", None):  # a sampler that does not shuffle has none
+            generator.manual_seed(args.seed + epoch)
+
+
+def _shuffle_by_epoch(trainer: Trainer) -> None:
+    """Make the order of prompts in an epoch depend on its number alone, so that a resumed run has the same.
+
+    The generator of TRL's sampler goes on from one epoch to the next. After resuming it would start anew, and the Trainer's
+    `set_epoch` does not reach it.
+    """
+    callback, make_sampler = _ShuffleByEpoch(), trainer._get_train_sampler
+
+    def remembered(*args: Any) -> Any:
+        callback.sampler = make_sampler(*args)
+        return callback.sampler
+
+    setattr(trainer, "_get_train_sampler", remembered)  # noqa: B010
+    trainer.add_callback(callback)

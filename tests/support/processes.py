@@ -157,6 +157,17 @@ def wait_for(processes: Sequence[ForkServerProcess], folder: Path, text: str) ->
     return log
 
 
+def kill_once_there(processes: Sequence[ForkServerProcess], file: Path) -> None:
+    """Kill all processes (SIGKILL) once `file` exists; fails if one ends before."""
+    while not file.exists():
+        assert all(process.is_alive() for process in processes), f"a process ended before {file} was there"
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
 def finish(processes: Sequence[ForkServerProcess], folder: Path, expect: int = 0, timeout: float = 600) -> str:
     """Wait for all to end and return the log; fails unless every exit status is `expect`."""
     deadline = time.monotonic() + timeout
