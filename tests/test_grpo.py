@@ -33,14 +33,31 @@ def test_the_held_out_reward_rises_and_the_stack_is_kept(run: tuple[dict[str, An
 
 def test_stopped_and_resumed(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     """Sampled answers come out the same, because the random state is part of a checkpoint."""
-    config = run[0] | {"output_dir": str(tmp_path / "out")}
+    config = run[0] | {"output_dir": str(tmp_path / "out"), "dataloader_num_workers": 1}
+    process = start_train(config, tmp_path)
+    log = wait_for([process], tmp_path, "chat/round2/loss")
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGTERM)  # the data loader's worker too
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert "Stopped. The checkpoint of chat, round 2" in log.read_text()
+    train(config, tmp_path)
+    assert "Resuming chat, round 2" in log.read_text()
+    assert contents(tmp_path / "out" / "library") == contents(run[1] / "out" / "library")
+
+
+def test_between_two_generations_there_is_no_checkpoint(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = rewarded(tiny_llama_dir, tmp_path)
+    config["brainstacks"]["domains"][0]["rl_rounds"][0]["trl"]["num_iterations"] = 16
     process = start_train(config, tmp_path)
     log = wait_for([process], tmp_path, "chat/round2/loss")
     os.kill(process.pid or 0, signal.SIGTERM)
     process.join(60)
-    train(config, tmp_path)
-    assert "Resuming chat, round 2" in log.read_text()
-    assert contents(tmp_path / "out" / "library") == contents(run[1] / "out" / "library")
+    assert process.exitcode == 128 + signal.SIGTERM
+    last = log.read_text().splitlines()[-1]
+    assert (
+        "Stopped. There is no complete checkpoint of chat, round 2 yet; the same command begins the round again" in last
+    )
 
 
 def test_a_reward_that_is_not_finite_ends_the_round(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -124,11 +124,14 @@ def test_a_round_may_not_cost_the_domain_more_than_the_bound(tiny_llama_dir: Pat
 
 
 def test_stopped_and_resumed_in_an_rl_round(run: tuple[dict[str, Any], Path], library: Library, tmp_path: Path) -> None:
-    config = run[0] | {"output_dir": str(tmp_path / "out")}
+    config = run[0] | {"output_dir": str(tmp_path / "out"), "dataloader_num_workers": 1}
     process = start_train(config, tmp_path)
     log = wait_for([process], tmp_path, "chat/round2/loss")
-    os.kill(process.pid or 0, signal.SIGTERM)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGTERM)  # the data loader's worker too
     process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert "Stopped. The checkpoint of chat, round 2" in log.read_text()
     train(config, tmp_path)
     assert "Resuming chat, round 2" in log.read_text()
     assert contents(tmp_path / "out" / "library") == contents(library.path)

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_brainstacks.adapter.tuner import StackTuner
+from axolotl_brainstacks.curriculum.checkpoints import STATE_FILE, Fingerprint
 from axolotl_brainstacks.distributed import barrier, gather_objects, gathered
 
 LOG = get_logger(__name__)
 
-STATE_FILE = "brainstacks_guard.json"
 WEIGHTS_FILE = "brainstacks_best.safetensors"
 
 
@@ -63,10 +63,11 @@ class Guard(TrainerCallback):
         patience: int,
         objective: Objective,
         loss_spike: float | None = None,
-        fingerprint: str = "",
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         self.tuner, self.adapter, self.patience, self.objective = tuner, adapter, patience, objective
-        self.loss_spike, self.fingerprint = loss_spike, fingerprint
+        self.loss_spike = loss_spike
+        self.fingerprint = fingerprint or Fingerprint.of({})
         self.start: float | None = None  # of the objective, with its sign
         self.start_metrics: dict[str, float] = {}
         self.first_loss: float | None = None
@@ -159,7 +160,6 @@ class Guard(TrainerCallback):
             save_file(self.best, folder / WEIGHTS_FILE)
         # Names of attributes, which `resume` sets again.
         own = {
-            "fingerprint": self.fingerprint,
             "start": self.start,
             "start_metrics": self.start_metrics,
             "first_loss": self.first_loss,
@@ -167,9 +167,10 @@ class Guard(TrainerCallback):
             "evaluations_without_gain": self.evaluations_without_gain,
             "evaluated_step": self.evaluated_step,
         }
+        whose = {"fingerprint": self.fingerprint.sha256, "fingerprint_parts": self.fingerprint.parts}
         temporary = folder / f"{STATE_FILE}.tmp"
         with temporary.open("w") as file:
-            json.dump(own, file)
+            json.dump(own | whose, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / STATE_FILE)
@@ -177,7 +178,8 @@ class Guard(TrainerCallback):
     def resume(self, checkpoint: Path) -> None:
         """Restore the state that `on_save` wrote into `checkpoint`."""
         for key, value in json.loads((checkpoint / STATE_FILE).read_text()).items():
-            setattr(self, key, value)
+            if not key.startswith("fingerprint"):
+                setattr(self, key, value)
         if (checkpoint / WEIGHTS_FILE).exists():
             self.best = load_file(checkpoint / WEIGHTS_FILE)
 
@@ -210,22 +212,3 @@ def evaluation_figures(metrics: dict[str, Any]) -> dict[str, float]:
         for key, value in metrics.items()
         if key.startswith("eval_") and isinstance(value, int | float) and not any(part in key for part in timing)
     }
-
-
-def last_complete_checkpoint(folder: Path, fingerprint: str) -> Path | None:
-    """The newest checkpoint that every rank has a complete part of, or None. Every rank has to call this.
-
-    Args:
-        folder: the round's `output_dir`; nodes may have different disks.
-        fingerprint: the round's; checkpoints with another one are skipped with a warning.
-    """
-    states = {path: json.loads(path.read_text()) for path in folder.glob(f"checkpoint-*/{STATE_FILE}")}
-    mine = {
-        int(path.parent.name.rpartition("-")[2])
-        for path, state in states.items()
-        if state.get("fingerprint") == fingerprint
-    }
-    if len(mine) < len(states):
-        LOG.warning("Checkpoints in %s are of another library, config or data, and are not resumed from", folder)
-    complete = set.intersection(*gather_objects(mine))
-    return folder / f"checkpoint-{max(complete)}" if complete else None

@@ -21,8 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
 from axolotl_brainstacks.curriculum.build import ADAPTER_NAME
+from axolotl_brainstacks.curriculum.checkpoints import Fingerprint, last_complete_checkpoint, step_of
 from axolotl_brainstacks.curriculum.engine import describe, release
-from axolotl_brainstacks.curriculum.guard import Guard, Objective, evaluation_figures, last_complete_checkpoint
+from axolotl_brainstacks.curriculum.guard import Guard, Objective, evaluation_figures
 from axolotl_brainstacks.curriculum.metrics import name_metrics
 from axolotl_brainstacks.curriculum.progress import Progress
 from axolotl_brainstacks.curriculum.protection import Columns, keep_out_of_others, largest_leakage
@@ -32,9 +33,10 @@ from axolotl_brainstacks.curriculum.session import Session
 from axolotl_brainstacks.curriculum.stage_trainers import stage_trainers
 from axolotl_brainstacks.curriculum.stages import DomainStage, Stage
 from axolotl_brainstacks.curriculum.verdict import loss_so_far, unscored, unusable, why_dropped
+from axolotl_brainstacks.curriculum.workers import keep_workers
 from axolotl_brainstacks.distributed import on_each_node, world_size
 from axolotl_brainstacks.library import RoundRecord
-from axolotl_brainstacks.library.storage import full_disk_named, json_to_bytes, record_of
+from axolotl_brainstacks.library.storage import full_disk_named
 
 LOG = get_logger(__name__)
 
@@ -67,7 +69,9 @@ class Round(TrainerCallback):
         The engine exists until the block ends, so that the block can measure losses. After that the engine and the round's
         checkpoints are gone.
         """
-        self.session.interruption.leave_if_received()
+        self.session.interruption.leave_if_received(
+            lambda: f"The same command continues with {self.stage.name}, round {self.number}"
+        )
         cfg = self._config()
         with stage_trainers(cfg):
             self._prepare_stack(cfg.seed)
@@ -84,7 +88,7 @@ class Round(TrainerCallback):
             with full_disk_named(Path(cfg.output_dir)), self.progress.shown():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not guard.ended(trainer.state):
-                self.session.interruption.leave_if_received()
+                self.session.interruption.leave_if_received(lambda: self._where_to_resume(cfg, guard))
             if guard.evaluated_step != trainer.state.global_step:
                 trainer.evaluate()
             guard.close()
@@ -131,19 +135,24 @@ class Round(TrainerCallback):
         total = supervised + len(self.domain.rl_rounds)
         return f"{self.stage.name} {self.number}/{total}{f' {self.stage.rl}' if self.stage.rl else ''}"
 
-    def _fingerprint(self) -> str:
-        """SHA-256 (hex) of all that the round trains with: the library, config, data and number of processes.
-
-        The round resumes only from a checkpoint with the same fingerprint.
-        """
-        parts = {
-            "library": self.ledger.plan.library_from(self.session.output_dir),
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(
+            self.stage.settings,
+            library=self.ledger.plan.library_from(self.session.output_dir),
             **self.ledger.below(),
-            "settings": self.stage.settings,
-            "data": self.stage.data,
-            "processes": world_size(),
-        }
-        return record_of(json_to_bytes(parts)).sha256
+            data=self.stage.data,
+            processes=world_size(),
+        )
+
+    def _where_to_resume(self, cfg: DictDefault, guard: Guard) -> str:
+        """For a user whose run was stopped. Every rank has to call this."""
+        checkpoint = last_complete_checkpoint(Path(cfg.output_dir), guard.fingerprint)
+        here = f"{self.stage.name}, round {self.number}"
+        if checkpoint is None:
+            return f"There is no complete checkpoint of {here} yet; the same command begins the round again"
+        return (
+            f"The checkpoint of {here}, step {step_of(checkpoint)} is in {checkpoint}; the same command resumes from it"
+        )
 
     def _trainer(self, cfg: DictDefault, guard: Guard) -> Trainer:
         with _tensorboard_logs(self.session.output_dir / "runs" / f"{self.stage.name}-{self.number}"):
@@ -156,6 +165,7 @@ class Round(TrainerCallback):
                 processor=None,
                 total_num_steps=self.stage.total_steps,
             )
+        keep_workers(trainer)
         PluginManager.get_instance().post_trainer_create(cfg, trainer)
         if self.stage.rl:
             prepare_rl(trainer, self.stage.rl, cfg.seed, guard.report)

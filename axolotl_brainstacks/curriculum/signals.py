@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -19,6 +19,7 @@ from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_brainstacks.distributed import gather_objects, world_size
+from axolotl_brainstacks.guarded import printable
 
 LOG = get_logger(__name__)
 
@@ -33,13 +34,24 @@ class Interruption(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0
         self._time = math.inf
+        self._announced = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Handle both signals while the block runs."""
+        """Handle both signals while the block runs.
+
+        Raises SystemExit for an exception that follows a signal: where the signal went to the whole process group, it may
+        have ended a process that the block needs, such as one that tokenises a dataset.
+        """
         before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
         try:
             yield
+        except Exception as error:
+            if not self.received:
+                raise
+            LOG.warning("Stopped by %s with an error: %s", signal.Signals(self.received).name, printable(repr(error)))
+            LOG.warning("The same command resumes from the last complete checkpoint, or from the start of the round")
+            raise SystemExit(128 + self.received) from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -53,7 +65,13 @@ class Interruption(TrainerCallback):
         if not self.received:
             # Set before logging: logging raises an error if the signal interrupted a write to the same stream.
             self.received = number
-            LOG.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+            self._announce()
+
+    def _announce(self) -> None:
+        """Say once, on the main process alone, that training stops."""
+        if not self._announced:
+            self._announced = True
+            LOG.warning("%s: stopping after this step, with a checkpoint", signal.Signals(self.received).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End training with a checkpoint if any rank has received a signal."""
@@ -63,10 +81,16 @@ class Interruption(TrainerCallback):
             dist.all_reduce(votes, dist.ReduceOp.MAX)
             self.received = int(votes)
         if self.received:
+            self._announce()  # the signal may have come to another rank only
             control.should_save = control.should_training_stop = True
 
-    def leave_if_received(self) -> None:
-        """Raises SystemExit on every rank if any rank received a signal; the status is 128 + its number, as in a shell."""
+    def leave_if_received(self, farewell: Callable[[], str]) -> None:
+        """Raises SystemExit on every rank if any rank received a signal; the status is 128 + its number, as in a shell.
+
+        Args:
+            farewell: called on every rank before; what it returns is the last line that the user sees.
+        """
         self.received = max(gather_objects(self.received))
         if self.received:
+            LOG.warning("Stopped. %s", farewell())
             raise SystemExit(128 + self.received)
