@@ -62,8 +62,8 @@ def list_domains(ctx: click.Context) -> None:
     opened = _open(ctx)
     manifest = opened.manifest
     kept = f", stacks in {manifest.frozen_dtype}" if manifest.frozen_dtype else ""
-    title = printable(f"{ctx.obj} on {manifest.base.title}{kept}")
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    click.echo(printable(f"{ctx.obj} on {manifest.base.title}{kept}"))
+    table = Table(box=None, pad_edge=False)  # without lines, so that the longest row fits into 80 columns
     table.add_column("domain", overflow="fold")
     for heading in ("done", "rounds", "stacks", "loss", "capacity", "MB", "router"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -80,7 +80,7 @@ def list_domains(ctx: click.Context) -> None:
             f"{manifest.bytes_of(domain.name) / 1e6:.1f}",
             ("stale" if manifest.router and manifest.router.stale else "fitted") if routed else "none",
         )
-    Console(markup=False, emoji=False).print(table)  # the base model's name is not ours
+    Console(markup=False, emoji=False).print(table)
     click.echo(f"SHA-256 of the manifest: {opened.sha256}")
 
 
@@ -111,6 +111,10 @@ def verify(ctx: click.Context, against: str | None) -> None:
     pinned = "as required" if against else "not compared with any: see --against"
     click.echo(f"SHA-256 of the manifest: {opened.sha256} ({pinned})")
     if problems:
+        click.echo(
+            f"{len(problems)} problem{'' if len(problems) == 1 else 's'}: restore the library from a copy, or do what each line "
+            "says; then verify again"
+        )
         ctx.exit(1)
     click.echo(f"{len(opened.manifest.stacks)} stacks, {len(opened.manifest.covered)} files: clean")
 

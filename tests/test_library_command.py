@@ -35,6 +35,26 @@ def test_cli_list(library: Library) -> None:
     assert "yes" in code and "fitted" in code and "90%" in code
 
 
+def test_cli_list_fits_into_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the longest words of every column; a long name is broken, no other cell is."""
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "d" * 32
+    library = new_library(tmp_path / "library", "chat", long)
+    with library.writing():
+        for name in ("chat", long):
+            constraint = a_constraint([], capacity_left=1.0)
+            library.update_domain(name, base_loss=13.239, done=True, constraint=constraint)
+        library.set_router(RouterEntry(files={}, domains=["chat", long]))
+        library.replace_domain("chat")
+        library.update_domain("chat", base_loss=13.239, constraint=constraint)
+    lines = run(library, "list").output.splitlines()[1:]
+    assert "…" not in "".join(lines) and max(map(len, lines[:-1])) <= 80
+    assert lines[0].split() == ["domain", "done", "rounds", "stacks", "loss", "capacity", "MB", "router"]
+    (chat,) = (line for line in lines if line.startswith("chat"))
+    assert chat.split()[1] == "replacing" and "100%" in chat and chat.endswith(("fitted", "stale"))
+    assert sum(line.strip("d ") == "" for line in lines) in (1, 2), "the rest of the long name"
+
+
 def test_cli_verify(library: Library) -> None:
     result = run(library, "verify")
     sha256 = hashlib.sha256((library.path / "manifest.json").read_bytes()).hexdigest()
@@ -44,8 +64,12 @@ def test_cli_verify(library: Library) -> None:
     alter_a_byte(weights(library, "s001_chat"))
     truncate(weights(library, "s002_code"))
     result = run(library, "verify")
-    assert result.exit_code == 1 and len(result.output.splitlines()) == 3
-    assert "s001_chat" in result.output and "s002_code" in result.output
+    first, second, pinned, last = result.output.splitlines()
+    assert result.exit_code == 1 and sha256 in pinned
+    for line, domain, stack in ((first, "chat", "s001_chat"), (second, "code", "s002_code")):
+        remedy = f"remove domain `{domain}` with `axolotl brainstacks-library {library.path} remove {domain}`"
+        assert stack in line and "restore the file from a copy" in line and remedy in line
+    assert last.startswith("2 problems: restore the library from a copy") and "verify again" in last
     (library.path / "manifest.json").write_text("{")
     result = run(library, "verify")
     assert result.exit_code == 1 and result.output.startswith("Error: ") and "manifest.json" in result.output

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from axolotl.utils.dict import DictDefault
 from support.models import base_config, chat_dataset, run_axolotl, write_rows
 from support.processes import finish, start_ranks, train, train_on_terminal
 
 from axolotl_brainstacks import errors
+from axolotl_brainstacks.curriculum.data_files import check_data_files
+from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.progress import duration
 from axolotl_brainstacks.library import Library
 
@@ -148,7 +151,22 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str, bool]] = {
     "a value of a domain": (second(learning_rate=-1), "`learning_rate` of domain `math` is -1; it must be", False),
     "no such file": (
         second(datasets=[chat_dataset(Path("none.jsonl"))]),
-        "datasets of domain `math` .*none.jsonl",
+        "`datasets` of domain `math`: there is no none.jsonl: correct the path; a relative one starts at /",
+        False,
+    ),
+    "no such test file": (
+        second(test_datasets=[chat_dataset(Path("/nowhere/test.jsonl"))]),
+        "`test_datasets` of domain `math`: there is no /nowhere/test.jsonl",
+        False,
+    ),
+    "no such prompts": (
+        second(brainstacks={"router_datasets": [{"path": "./held-out", "type": "chat_template"}]}),
+        "`brainstacks.router_datasets` of domain `math`: there is no ./held-out",
+        False,
+    ),
+    "no such pairs": (
+        second(rl_rounds=[{"rl": "dpo", "datasets": [{"path": "json", "data_files": ["pairs*.jsonl"]}]}]),
+        r"`data_files` in `datasets` of rl_rounds\[0\] of domain `math`: there is no pairs\*.jsonl",
         False,
     ),
     "after loading": (second(sequence_len=2), "The datasets of domain `math` .*(`sequence_len`|check)", False),
@@ -220,6 +238,65 @@ def test_real_commands_end_in_one_line_and_leave_nothing_behind(
         for log, message, as_before in pool.map(run, range(len(commands))):
             assert_one_line(log, message)
             assert as_before, log[-2000:]
+
+
+def test_all_missing_files_are_named_before_anything_is_loaded(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_llama_dir, tmp_path, ["chat", "math", "code"])
+    for number in (1, 2):
+        config["brainstacks"]["domains"][number]["datasets"][0]["path"] += ".jsonl"
+    log = train(config, tmp_path, expect=1, debug=False)
+    assert_one_line(
+        log, "`datasets` of domain `math`: .*math.jsonl.jsonl; `datasets` of domain `code`: .*code.jsonl.jsonl"
+    )
+    assert "Loading the data of" not in log
+
+
+def test_data_of_a_finished_domain_may_be_gone(tiny_llama_dir: Path, trained: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_llama_dir, tmp_path, ["chat", "math"])
+    config["brainstacks"]["library"] = str(shutil.copytree(trained, tmp_path / "library"))
+    chat = Path(config["brainstacks"]["domains"][0]["datasets"][0]["path"])
+    chat.unlink()
+    log = train(config, tmp_path, debug=False)
+    told = f"`datasets` of domain `chat`: there is no {chat}; domain chat is finished, so training goes on without"
+    assert log.count(told) == 1
+    assert Library.open(tmp_path / "library").manifest.domain("math").done
+    assert told in train(config, tmp_path, debug=False).rpartition("Domain math is done")[2], "nothing to do"
+
+
+@pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"load_in_4bit": True}], ids=str)
+def test_another_precision_than_that_of_the_library_is_said_once(
+    tiny_llama_dir: Path, trained: Path, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    config = tiny_config(tiny_llama_dir, tmp_path, ["chat", "math"]) | keys
+    config["brainstacks"]["library"] = str(shutil.copytree(trained, tmp_path / "library"))
+    log = train(config, tmp_path, debug=False)
+    kind = {"bf16": "bfloat16", "load_in_4bit": "float32, nf4 from float32"}.get(next(iter(keys), ""))
+    said = f"The library was trained on its base model in float32, and this run loads it in {kind}: "
+    assert log.count("The library was trained on its base model in") == log.count(said) == bool(keys)
+    assert Library.open(tmp_path / "library").manifest.domain("math").done
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"path": "tatsu-lab/alpaca"},
+        {"path": "org/name.v2", "data_files": "data/train.jsonl"},
+        {"path": "https://huggingface.co/data.jsonl"},
+        {"path": "s3://bucket/data.parquet"},
+        {"path": "json", "data_files": "https://host/data.json"},
+    ],
+    ids=str,
+)
+def test_what_is_not_on_this_machine_is_not_looked_for(
+    tiny_llama_dir: Path, tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    config = tiny_config(tiny_llama_dir, tmp_path, ["chat"])
+    config["brainstacks"]["domains"][0] |= {"datasets": [entry], "test_datasets": [entry]}
+    plan = Plan.prepare(DictDefault(config))
+    check_data_files(plan, ["chat"])
+    plan.block.curriculum[0].overlay["datasets"].append({"path": "./nowhere"})
+    with pytest.raises(ValueError, match=r"`datasets` of domain `chat`: there is no \./nowhere"):
+        check_data_files(plan, ["chat"])
 
 
 def test_two_ranks_say_it_once(tiny_llama_dir: Path, trained: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
@@ -23,7 +24,10 @@ from axolotl_brainstacks.evaluation import Example, check_vocabulary, pack_rows,
 from axolotl_brainstacks.library import DomainEntry, Library, RoundRecord, replacement
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.library.entries import ConstraintRecord
+from axolotl_brainstacks.library.manifest import Manifest
 from axolotl_brainstacks.library.report import FORGETTING, SAMPLES, read_records, write_report
+
+LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Ledger:
             state.check_unchanged()
             library.set_frozen_dtype(frozen_dtype)
             library.complete_base(base)
+            _warn_of_another_precision(library.manifest, base)
         else:
             state.check_unchanged()
             library = Library.create(path, base, frozen_dtype)
@@ -314,3 +319,17 @@ class Ledger:
             return entry
 
         return on_main(write)
+
+
+def _warn_of_another_precision(manifest: Manifest, base: BaseModelInfo) -> None:
+    """Log a warning if the base model of a library with stacks is loaded in other types than for its first domain.
+
+    Libraries of earlier versions do not say how it was loaded.
+    """
+    before, now = manifest.base.loaded_as, base.loaded_as
+    if manifest.stacks and before and now and before != now:
+        LOG.warning(
+            "The library was trained on its base model in %s, and this run loads it in %s: new losses do not compare exactly "
+            "with those of earlier domains; set `bf16`, `fp16` and `load_in_4bit` as they were, unless you mean it",
+            *(before, now),
+        )

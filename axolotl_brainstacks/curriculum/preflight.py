@@ -13,6 +13,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.distributed import init_distributed_state
 from axolotl.utils.logging import get_logger
 
+from axolotl_brainstacks.curriculum.data_files import check_data_files
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.preview import print_plan
 from axolotl_brainstacks.curriculum.stages import DomainStage, load_domains
@@ -84,7 +85,7 @@ class TrainingRun:
             preprocess: the run is `axolotl preprocess`: print a table besides the summary.
 
         Raises:
-            ValueError: if the config or the data of a domain is unusable, or nodes see different libraries or data.
+            ValueError: if the config or the data of a domain is unusable or missing, or nodes see different libraries or data.
             SystemExit: with status 0 if the library holds all domains already.
         """
         init_distributed_state()
@@ -92,6 +93,7 @@ class TrainingRun:
         library = LibraryState.same_for_all(plan)
         done = done_domains(plan)
         todo = [domain for domain in plan.block.curriculum if domain.name not in done]
+        on_every_rank(lambda: check_data_files(plan, [domain.name for domain in todo]))
         if not todo:
             # An earlier run may have been killed after its last domain, before it removed its checkpoints.
             on_each_node(lambda: remove_leftovers(plan))
@@ -150,10 +152,7 @@ def check_library(plan: Plan) -> None:
             "in `brainstacks.library`"
         ) from error
     if problems:
-        raise ValueError(
-            f"The library is damaged: {problems[0]}; restore the file from a copy, or remove its domain with "
-            f"`axolotl brainstacks-library {plan.library_path} remove DOMAIN` and train it again"
-        )
+        raise ValueError(f"The library is damaged: {problems[0]}")
 
 
 def done_domains(plan: Plan) -> set[str]:

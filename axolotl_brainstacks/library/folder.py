@@ -193,15 +193,24 @@ class LibraryFolder:
 
         Training writes the root's files again, does not read the router and leaves unlisted files alone, so those problems
         are left to `verify`.
+
+        Returns:
+            One line per problem, with its remedy.
         """
-        files, router = self.manifest.files, self.manifest.router_files
-        return self._problems({file: record for file, record in files.items() if file not in router})
+        owner = {f"stacks/{stack.name}/{file}": stack.domain for stack in self.manifest.stacks for file in stack.files}
+        owner |= {file: domain.name for domain in self.manifest.domains for file in domain.files}
+        files = self.manifest.files
+        return [
+            f"{problem}: {self._fix(domain)}"
+            for file, domain in owner.items()
+            if (problem := self._problem(file, files[file]))
+        ]
 
     def _root_problems(self) -> list[str]:
         """Problems of the two files that PEFT reads when it loads the whole library as one adapter."""
         fix = "run `axolotl train` on its YAML again, which writes it anew"
         if problems := self._problems(self.manifest.root):
-            return problems
+            return [f"{problem}: {fix}" for problem in problems]
         found = [file for file in (CONFIG, WEIGHTS) if (self.path / file).exists() and file not in self.manifest.root]
         if found:
             return [f"{printable(self.path / file)} is unknown to {MANIFEST}: {fix}" for file in found]
@@ -357,9 +366,13 @@ class LibraryFolder:
     @property
     def fix(self) -> str:
         """The remedy for a damaged file of a domain, as the end of an error."""
+        return self._fix("DOMAIN")
+
+    def _fix(self, domain: str) -> str:
+        its = "its domain" if domain == "DOMAIN" else f"domain `{domain}`"
         return (
-            "restore the file from a copy of the library, or remove its domain with "
-            f"`axolotl brainstacks-library {self.path} remove DOMAIN` and train it again"
+            f"restore the file from a copy of the library, or remove {its} with "
+            f"`axolotl brainstacks-library {self.path} remove {domain}` and train it again"
         )
 
 

@@ -56,12 +56,14 @@ def load_samples(plan: Plan, library: Library, domains: Sequence[str]) -> list[S
         domains: of the library, that the router chooses among.
 
     Raises:
-        ValueError: if a domain has no held-out prompts, or none with an answer.
+        ValueError: if a file of theirs is missing, or a domain has no held-out prompts, or none with an answer.
     """
+    from axolotl_brainstacks.curriculum.data_files import check_data_files
     from axolotl_brainstacks.curriculum.stages import load_domains
 
     args = plan.block.router
     named = [domain for domain in plan.block.curriculum if domain.name in domains]
+    check_data_files(plan, [domain.name for domain in named])
     stages = {stage.name: stage for stage in load_domains(plan.raw, named, plan.block, with_rl=True)}
     given = [_overlay(d.name, d.overlay, d.brainstacks.router_datasets) for d in named if d.brainstacks.router_datasets]
     if args.mixed_datasets:
