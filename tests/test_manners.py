@@ -257,20 +257,20 @@ def test_data_of_a_finished_domain_may_be_gone(tiny_llama_dir: Path, trained: Pa
     chat = Path(config["brainstacks"]["domains"][0]["datasets"][0]["path"])
     chat.unlink()
     log = train(config, tmp_path, debug=False)
-    told = f"`datasets` of domain `chat`: there is no {chat}; domain chat is finished, so training goes on without"
+    told = f"`datasets` of domain `chat`: there is no {chat}; this run does without the data of domain chat"
     assert log.count(told) == 1
     assert Library.open(tmp_path / "library").manifest.domain("math").done
     assert told in train(config, tmp_path, debug=False).rpartition("Domain math is done")[2], "nothing to do"
 
 
-@pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"load_in_4bit": True}], ids=str)
+@pytest.mark.parametrize("keys", [{}, {"float16": True}, {"load_in_4bit": True}], ids=str)
 def test_another_precision_than_that_of_the_library_is_said_once(
     tiny_llama_dir: Path, trained: Path, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     config = tiny_config(tiny_llama_dir, tmp_path, ["chat", "math"]) | keys
     config["brainstacks"]["library"] = str(shutil.copytree(trained, tmp_path / "library"))
     log = train(config, tmp_path, debug=False)
-    kind = {"bf16": "bfloat16", "load_in_4bit": "float32, nf4 from float32"}.get(next(iter(keys), ""))
+    kind = {"float16": "float16", "load_in_4bit": "float32, nf4 from float32"}.get(next(iter(keys), ""))
     said = f"The library was trained on its base model in float32, and this run loads it in {kind}: "
     assert log.count("The library was trained on its base model in") == log.count(said) == bool(keys)
     assert Library.open(tmp_path / "library").manifest.domain("math").done

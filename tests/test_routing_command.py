@@ -1,5 +1,7 @@
 import copy
+import html
 import json
+import logging
 import multiprocessing
 import re
 import shutil
@@ -28,6 +30,7 @@ from axolotl_brainstacks.args import BrainstacksBlock
 from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.evaluation import IGNORED
 from axolotl_brainstacks.library import DomainEntry, Library
+from axolotl_brainstacks.library.report import PAGE
 from axolotl_brainstacks.router.router import Router
 from axolotl_brainstacks.router.thresholds import gate
 from axolotl_brainstacks.router_args import GateArgs, RouterArgs
@@ -37,7 +40,7 @@ from axolotl_brainstacks.router_training.data import Sample, load_samples
 from axolotl_brainstacks.router_training.evaluate import CHOICES
 from axolotl_brainstacks.router_training.measure import LossMeter
 from axolotl_brainstacks.router_training.pipeline import EVALUATION, made_before, make_router
-from axolotl_brainstacks.router_training.split import split
+from axolotl_brainstacks.router_training.split import split, warn_of_few
 
 DOMAINS = ["chat", "code", "math"]
 pytestmark = pytest.mark.slow  # a router is fitted and evaluated in most of them
@@ -142,16 +145,22 @@ def test_the_evaluation_says_what_each_choice_costs_on_unseen_prompts(base: PreT
         line = next(line for line in printed.splitlines() if line.startswith(name))
         assert all(f"{evaluation['losses'][name][choice]:.3f}" in line for choice in CHOICES)
         assert f"{evaluation['leaves_out_own'][name]:.0%}" in printed
+    shown = report.tables(evaluation)
+    assert f'<pre class="tables">{shown}</pre>' in html.unescape((library.path / PAGE).read_text())
+    assert "regret" in shown and "found by" in shown and "\x1b" not in shown
 
 
 def floored(weights: dict[str, float]) -> dict[str, float]:
     return weights | {"chat": max(weights.get("chat", 0.0), 0.2)}
 
 
-def test_the_share_of_prompts_whose_best_set_leaves_their_own_domain_out(base: PreTrainedModel, tmp_path: Path) -> None:
+def test_the_share_of_prompts_whose_best_set_leaves_their_own_domain_out(
+    base: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     library = new_library(tmp_path / "library", base, DOMAINS)
     samples = some_samples(8)
     evaluation = make(library, meter_of(library, base), samples)
+    assert sum("Few test prompts" in message for message in caplog.messages) == 1
     for name in DOMAINS:
         lines = (library.path / f"router/discovery/{name}.jsonl").read_text().splitlines()[1:]
         left_out = sum(name not in json.loads(line)["best"] for line in lines)
@@ -184,6 +193,16 @@ def test_named_weights_keep_the_configured_threshold(base: PreTrainedModel, tmp_
     assert evaluation["gate"] == {"gate_threshold": 0.33, "weights": "hard", "floors": {"chat": 0.2}}
     for row in evaluation["losses"].values():
         assert row["router"] == row["hard"]
+
+
+@pytest.mark.parametrize("few", [9, 10])
+def test_few_test_prompts_are_one_warning(caplog: pytest.LogCaptureFixture, few: int) -> None:
+    warn_of_few({"chat": {"test": few}, "code": {"test": few + 5}, "math": {"test": few}, "_mixed": {"test": 1}})
+    told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == (few < 10)
+    for line in told:
+        assert "chat has 9, math has 9;" in line and "code" not in line and "_mixed" not in line
+        assert "`brainstacks.router.samples`" in line and "`router_datasets`" in line
 
 
 def test_the_same_seed_gives_the_same_files(base: PreTrainedModel, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def check_data_files(plan: Plan, needed: Collection[str]) -> None:
         if domain.name in needed:
             missing += found
         elif found:
-            LOG.warning("%s; domain %s is finished, so training goes on without", "; ".join(found), domain.name)
+            LOG.warning("%s; this run does without the data of domain %s", "; ".join(found), domain.name)
     if missing:
         raise ValueError(f"{'; '.join(missing)}: correct the path; a relative one starts at {Path.cwd()}")
 

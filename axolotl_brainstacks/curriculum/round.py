@@ -284,6 +284,7 @@ class Round(TrainerCallback):
         self._report_samples()
         record = self.ledger.record_round(name, record, (config.to_dict() | {"inference_mode": True}, tensors))
         assert record.stack == frozen
+        LOG.info("%s, round %d%s is kept: stack %s", name, self.number, f" ({record.rl})" if record.rl else "", frozen)
         return record
 
     def _drop(self, record: RoundRecord) -> RoundRecord:

@@ -24,6 +24,8 @@ SAMPLES = "report/samples.jsonl"
 ROUNDS_CHART = "report/rounds.png"
 FORGETTING_CHART = "report/forgetting.png"
 ROUTER_CHART = "report/router.png"
+# What `axolotl brainstacks-router` prints at its end.
+ROUTER_TABLES = "report/router.txt"
 PAGE = "report/report.html"
 # Most rows and most columns in the chart of forgetting, to keep it readable; the JSON file has all of them.
 _MOST_CELLS = 40
@@ -39,6 +41,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0 } img { max-width: 100% }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums } pre { white-space: pre-wrap; margin: 0 }
+pre.tables { white-space: pre; overflow-x: auto; font-size: .8rem; line-height: 1.3 }
 </style>
 <h1>Brainstacks on {{ manifest.base.title }}</h1>
 <p>{{ manifest.domains | length }} domains, {{ manifest.stacks | length }} frozen stacks. Losses are means per answer
@@ -57,6 +60,7 @@ token on each domain's validation examples, in nats.</p>
 {% endfor %}{% endfor %}</table>
 {% for title, image in charts %}<h2>{{ title }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}
+{% if router %}<h2>The router in figures</h2><pre class="tables">{{ router }}</pre>{% endif %}
 {% if samples %}<h2>Answers to validation prompts after each round</h2>
 <table><tr><th>domain<th>round<th>prompt<th>answer<th>reference</tr>
 {% for s in samples %}<tr><td>{{ s.domain }}<td class="n">{{ s.round }}<td><pre>{{ s.prompt }}</pre>
@@ -107,10 +111,12 @@ def write_report(library: Library) -> None:
         ROUTER_CHART: "The router on unseen prompts",
     }
     present = [(title, data) for file, title in titles.items() if (data := charts.get(file) or _chart(library, file))]
+    tables = _drawn(library, ROUTER_TABLES)
     page = Environment(autoescape=True).from_string(_TEMPLATE)
     html = page.render(
         manifest=library.manifest,
         charts=[(title, base64.b64encode(data).decode()) for title, data in present],
+        router=tables.decode(errors="replace") if tables else "",
         samples=read_records(library, SAMPLES),
     )
     library.write_file(PAGE, html.encode())
@@ -118,12 +124,17 @@ def write_report(library: Library) -> None:
 
 def _chart(library: Library, file: str) -> bytes | None:
     """A chart that was drawn earlier, or None. Only a PNG will do: whoever publishes the page publishes what it embeds."""
+    data = _drawn(library, file, unlisted=True)
+    return data if data and data.startswith(_PNG) else None
+
+
+def _drawn(library: Library, file: str, unlisted: bool = False) -> bytes | None:
+    """A part of the report that was made earlier; None, with a warning, if it cannot be read. Arguments as `read_file`'s."""
     try:
-        data = library.read_file(file, unlisted=True)
+        return library.read_file(file, unlisted)
     except (ValueError, OSError) as error:
         LOG.warning("%s: left out of the report", error)
         return None
-    return data if data and data.startswith(_PNG) else None
 
 
 def png(figure: Figure) -> bytes:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axolotl_brainstacks.distributed import on_main
+from axolotl_brainstacks.distributed import is_main, on_main
 from axolotl_brainstacks.evaluation import check_vocabulary
 from axolotl_brainstacks.guarded import parse_json
 from axolotl_brainstacks.library import Library, Manifest
 from axolotl_brainstacks.library.entries import WEIGHTS as STACK_WEIGHTS
-from axolotl_brainstacks.library.report import ROUTER_CHART, write_report
+from axolotl_brainstacks.library.report import ROUTER_CHART, ROUTER_TABLES, write_report
 from axolotl_brainstacks.library.storage import json_to_bytes
 from axolotl_brainstacks.router.router import Router, RouterConfig
 from axolotl_brainstacks.router.thresholds import gate
@@ -29,9 +29,9 @@ from axolotl_brainstacks.router_training.discovery import DiscoveryResult, disco
 from axolotl_brainstacks.router_training.evaluate import EvaluatedPrompt, summary
 from axolotl_brainstacks.router_training.fit import Prompts, Score, fit, probabilities, target
 from axolotl_brainstacks.router_training.measure import LossMeter
-from axolotl_brainstacks.router_training.report import Shown, chart
+from axolotl_brainstacks.router_training.report import Shown, chart, tables
 from axolotl_brainstacks.router_training.search import DomainSet, Search
-from axolotl_brainstacks.router_training.split import Part, count_parts, joined_in_parts, split
+from axolotl_brainstacks.router_training.split import Part, count_parts, joined_in_parts, split, warn_of_few
 
 LOG = logging.getLogger(__name__)
 
@@ -123,6 +123,8 @@ def make_router(library: Library, meter: LossMeter, samples: Sequence[Sample], a
     counts = count_parts(samples, parts)
     for source, count in counts.items():
         LOG.info("Held-out prompts of `%s`: %s", source, ", ".join(f"{n} in {part}" for part, n in count.items()))
+    if is_main():
+        warn_of_few(counts)
     trained_with = training_sets(library.manifest, meter.domains)
     named = [named_sets(sample.labels, trained_with) for sample in samples]
     # By example, because equal examples of several sources are measured once, under the named sets of all.
@@ -177,6 +179,7 @@ def make_router(library: Library, meter: LossMeter, samples: Sequence[Sample], a
         library.set_router(None)
         library.write_file(EVALUATION, json_to_bytes(evaluation))
         library.write_file(ROUTER_CHART, chart(evaluation))
+        library.write_file(ROUTER_TABLES, tables(evaluation).encode())
         write_report(library)
         router.save(library)
 

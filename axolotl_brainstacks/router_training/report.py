@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,6 +16,10 @@ from axolotl_brainstacks.router_training.evaluate import CHOICES
 COLOURS = ("#999999", "#d55e00", "#56b4e9", "#e69f00", "#cc79a7", "#f0e442", "#0072b2", "#009e73")
 # Short names of `CHOICES` and the regret, so that the table fits into 80 columns.
 HEADINGS = ("base", "all on", "own", "trained", "soft", "hard", "router", "best", "regret")
+
+
+# Columns of the tables in the report.
+_PAGE = 110
 
 
 class _Score(BaseModel):
@@ -94,6 +99,13 @@ def show(evaluation: dict[str, Any], console: Console) -> None:
         own = evaluation["leaves_out_own"]
         table.add_row(source, str(total), *shares, f"{own[source]:.0%}" if source in own else "-")
     console.print(table)
+
+
+def tables(evaluation: dict[str, Any]) -> str:
+    """What `show` prints, as text."""
+    text = io.StringIO()
+    show(evaluation, Console(file=text, width=_PAGE, color_system=None, markup=False, emoji=False))
+    return text.getvalue()
 
 
 def _printable(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
@@ -11,7 +12,11 @@ from axolotl_brainstacks.evaluation import Example
 from axolotl_brainstacks.router_args import RouterArgs
 from axolotl_brainstacks.router_training.data import MIXED, Sample, more_rows
 
+LOG = logging.getLogger(__name__)
+
 Part = Literal["train", "validation", "test"]
+# Fewer prompts in a domain's test part are worth a warning.
+_FEW = 10
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -50,6 +55,17 @@ def count_parts(samples: Sequence[Sample], parts: Sequence[Part]) -> dict[str, d
     counts = Counter((sample.source, part) for sample, part in zip(samples, parts, strict=True))
     sources = dict.fromkeys(sample.source for sample in samples)
     return {source: {part: counts[source, part] for part in PARTS} for source in sources}
+
+
+def warn_of_few(counts: dict[str, dict[str, int]]) -> None:
+    """Log one warning if a domain has so few test prompts that its figures are mostly chance."""
+    few = {source: count["test"] for source, count in counts.items() if source != MIXED and count["test"] < _FEW}
+    if few:
+        LOG.warning(
+            "Few test prompts, so the router's figures may be chance: %s; at least %d of each domain are advisable: raise "
+            "`brainstacks.router.samples`, or give more held-out rows in `router_datasets`",
+            *(", ".join(f"{source} has {count}" for source, count in few.items()), _FEW),
+        )
 
 
 def joined_in_parts(
