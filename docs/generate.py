@@ -40,8 +40,9 @@ def config_page() -> str:
         NOTE,
         "# The `brainstacks:` block",
         "All other keys of the YAML are Axolotl's own and keep their meaning: `lora_r` is the rank of each expert, "
-        "`lora_alpha` and `lora_dropout` hold for each stack, `lora_target_modules` names the projections. A key that is "
-        "not listed here is an error that names the nearest key.",
+        "`lora_alpha` and `lora_dropout` hold for each stack, `lora_target_modules` names the projections. An expert's "
+        "output is scaled by `s = alpha / sqrt(r)` (rsLoRA), of `lora_alpha` and `lora_r`, not by `alpha / r`: with both at 16, "
+        "`s` is 4. A key that is not listed here is an error that names the nearest key.",
         "How the parts work together: [how it works](how-it-works.md). Complete configs: "
         "[`example_configs/`](../example_configs).",
         "## `brainstacks:`",

@@ -16,18 +16,23 @@ import pytest
 import torch
 import yaml
 from axolotl.cli.main import cli as axolotl
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import BaseModel
 from support.answering import random_router
 from support.documents import PAGES, REPO, anchors, blocks, each_block, inline_code, links, prose, title
+from support.models import base_config
 from support.routed import new_library
 from transformers import AutoModelForCausalLM
 
 from axolotl_brainstacks import cli
 from axolotl_brainstacks.args import BrainstacksBlock, DomainArgs, DomainSettings, RLRoundArgs
 from axolotl_brainstacks.curriculum.overlay import check_overlay
+from axolotl_brainstacks.curriculum.plan import Plan
+from axolotl_brainstacks.curriculum.stages import load_domains
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+RL = REPO / "docs/rl.md"
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=title)
 OURS = {"brainstacks-router": cli.router, "brainstacks-library": cli.library}
 
@@ -118,6 +123,33 @@ def test_yaml_is_what_the_plugin_accepts(text: str) -> None:
     accepted.check_names([])
     for domain in accepted.curriculum:
         check_overlay(domain)
+
+
+def test_example_rows_are_what_their_rounds_load(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """The config and the rows of `docs/rl.md`, and a supervised row of `docs/training.md`."""
+    (text,) = (text for page, text in blocks("yaml") if title(page) == "docs/rl.md")
+    rows = dict(re.findall(r"`(\w+\.jsonl)`.*?\n\n```json\n(.*?)\n```", RL.read_text(), re.DOTALL))
+    (rows["sums.jsonl"],) = (row for page, row in blocks("json") if title(page) == "docs/training.md")
+    (domain,) = yaml.safe_load(text)
+    for entries in (domain["datasets"], *(entry["datasets"] for entry in domain["rl_rounds"])):
+        for entry in entries:
+            file = tmp_path / entry["path"]
+            file.write_text((rows.pop(entry["path"]).strip() + "\n") * 12)
+            entry["path"] = str(file)
+    assert not rows, "rows of files that no entry names"
+    for keys in (domain, *domain["rl_rounds"]):
+        keys |= {
+            "val_set_size": 4,
+            "micro_batch_size": 4,
+            "eval_batch_size": 8,
+            "max_steps": 2,
+            "gradient_accumulation_steps": 2,
+        }
+    config = base_config(tiny_llama_dir, tmp_path / "out", adapter="brainstacks", brainstacks={"domains": [domain]})
+    plan = Plan.prepare(DictDefault(config))
+    (stage,) = load_domains(plan.raw, plan.block.curriculum, plan.block, with_rl=True, training=True)
+    assert [rl_round.rl for rl_round in stage.rl_rounds] == ["dpo", "kto", "grpo"]
+    assert all(len(part.train_dataset) and len(part.eval_dataset) for part in (stage, *stage.rl_rounds))
 
 
 def test_there_are_blocks_of_every_kind() -> None:

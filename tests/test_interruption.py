@@ -15,6 +15,7 @@ from support.processes import start_ranks, start_train, train, train_ranks, wait
 from support.seeds import seeded_random
 
 from axolotl_brainstacks.curriculum.checkpoints import Fingerprint, last_complete_checkpoint
+from axolotl_brainstacks.curriculum.signals import Interruption
 from axolotl_brainstacks.library import Library
 
 KILLS = int(os.environ.get("BRAINSTACKS_KILLS", "2"))
@@ -116,6 +117,18 @@ def test_a_signal_to_the_whole_group_leaves_the_data_loaders_workers(
     train(config, tmp_path)
     assert "Resuming chat, round 1" in log.read_text()
     assert contents(tmp_path / "out" / "library") == contents(library)
+
+
+def test_an_error_after_a_signal_is_taken_for_its_consequence(caplog: pytest.LogCaptureFixture) -> None:
+    """The signal may have ended a process of a pool that tokenises a dataset."""
+    interruption = Interruption()
+    with pytest.raises(RuntimeError), interruption.watching():
+        raise RuntimeError
+    with pytest.raises(SystemExit) as left, interruption.watching():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("a process has died")
+    assert left.value.code == 128 + signal.SIGTERM
+    assert "a process has died" in caplog.text and "The same command resumes" in caplog.text
 
 
 def test_workers_end_with_a_killed_run(undisturbed: tuple[dict[str, Any], Path, float], tmp_path: Path) -> None:

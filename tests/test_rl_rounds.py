@@ -39,6 +39,17 @@ def library(run: tuple[dict[str, Any], Path]) -> Library:
     return Library.open(run[1] / "out" / "library")
 
 
+def test_every_kept_round_is_said_to_be(run: tuple[dict[str, Any], Path]) -> None:
+    log = (run[1] / "train.log").read_text()
+    for said in (
+        "chat, round 1 is kept: stack s001_chat",
+        "chat, round 2 (dpo) is kept: stack s002_chat",
+        "chat, round 3 (kto) is kept: stack s003_chat",
+        "code, round 1 is kept: stack s004_code",
+    ):
+        assert log.count(said) == 1, said
+
+
 def test_rl_rounds_belong_to_their_domain(library: Library) -> None:
     assert library.verify() == []
     assert [entry.name for entry in library.manifest.domains] == ["chat", "code"]

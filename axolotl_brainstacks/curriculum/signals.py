@@ -49,8 +49,11 @@ class Interruption(TrainerCallback):
         except Exception as error:
             if not self.received:
                 raise
-            LOG.warning("Stopped by %s with an error: %s", signal.Signals(self.received).name, printable(repr(error)))
-            LOG.warning("The same command resumes from the last complete checkpoint, or from the start of the round")
+            LOG.warning(
+                "Stopped, with an error that the signal may have caused (%s). The same command resumes from the last complete "
+                "checkpoint, or begins the round again",
+                printable(repr(error)),
+            )
             raise SystemExit(128 + self.received) from error
         finally:
             for number, handler in before.items():

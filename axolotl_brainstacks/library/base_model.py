@@ -97,12 +97,18 @@ class BaseModelInfo(BaseModel):
 
     def check(self, other: Self) -> None:
         """Raise a ValueError naming both models, and what differs, unless `other` is the same model as this one."""
-        advice = f"set base_model to {self.name}, or name another folder in brainstacks.library"
-        start = f"the library was trained on {self.title}, but {other.title} has"
+        if difference := self.difference(other):
+            raise ValueError(
+                f"the library was trained on {self.title}, but {other.title} has {difference}: set base_model to {self.name}, or "
+                "name another folder in brainstacks.library"
+            )
+
+    def difference(self, other: Self) -> str | None:
+        """What `other` has that makes it another model than this one, in words; None if it is the same."""
         if other.config_hash != self.config_hash:
-            raise ValueError(f"{start} another architecture: {advice}")
-        if difference := self._difference_in_files(other) or self._difference_in_memory(other):
-            raise ValueError(f"{start} the same architecture with other weights ({difference}): {advice}")
+            return "another architecture"
+        details = self._difference_in_files(other) or self._difference_in_memory(other)
+        return f"the same architecture with other weights ({details})" if details else None
 
     def completed(self, other: Self) -> Self:
         """A copy of this record with the fields that an earlier version left out, from `other`, a record of the same model."""

@@ -26,14 +26,18 @@ def joined_names(
     mine, theirs, renamed = library.manifest, other.manifest, renamed or {}
     if library.path.resolve() == other.path.resolve():
         raise ValueError(f"{other.path} is the library itself: name another one to join")
-    mine.base.check(theirs.base)
+    if difference := mine.base.difference(theirs.base):
+        raise ValueError(
+            f"{library.path} was trained on {mine.base.title}, and {other.path} on {theirs.base.title}, which has {difference}: "
+            "only libraries on the same base model can be joined; train the domains on it"
+        )
     if mine.stacks and mine.frozen_dtype != theirs.frozen_dtype:
         kinds = [
             f"in {dtype}" if dtype else "in the base model's type" for dtype in (mine.frozen_dtype, theirs.frozen_dtype)
         ]
         raise ValueError(
-            f"brainstacks.frozen_dtype differs: {library.path} keeps its stacks {kinds[0]}, {other.path} {kinds[1]}; losses "
-            "measured with one do not hold for the other, so train the domains with the same value"
+            f"{library.path} keeps its stacks {kinds[0]} (`brainstacks.frozen_dtype`), and {other.path} {kinds[1]}; losses "
+            "measured in one type do not hold for the other: train the domains again with the same `frozen_dtype`"
         )
     wanted = [entry.name for entry in theirs.domains if not only or entry.name in only]
     for name in [*only, *renamed]:
@@ -54,14 +58,14 @@ def _check_joinable(other: Library, wanted: Sequence[str]) -> None:
     entries = [other.manifest.domain(name) for name in wanted]
     if unfinished := [entry.name for entry in entries if not entry.done]:
         raise ValueError(
-            f"{other.path} is still training {', '.join(unfinished)}: finish with `axolotl train`, or join the others "
-            "with --domain"
+            f"{other.path} has not finished {', '.join(unfinished)}: run `axolotl train` on its config until the end, or choose "
+            "other domains with --domain"
         )
     if foreign := {entry.name: found for entry in entries if (found := _foreign_stacks(other.manifest, entry.name))}:
-        listed = "; ".join(f"{name} with {', '.join(stacks)}" for name, stacks in foreign.items())
+        listed = "; ".join(f"{name} on top of {', '.join(stacks)}" for name, stacks in foreign.items())
         raise ValueError(
-            f"domains of {other.path} were trained with stacks of another domain on, and do not answer the same without them "
-            f"({listed}): train them with `context: isolated`, or join the others with --domain"
+            f"{other.path} has trained {listed}: without these stacks of another domain it would not answer the same. Train it "
+            "into a library with `brainstacks.context: isolated` and join that, or choose other domains with --domain"
         )
 
 
@@ -80,6 +84,6 @@ def _check_names(library: Library, names: Mapping[str, str]) -> None:
             )
         if new in taken:
             raise ValueError(
-                f"{library.path} would have two domains `{new}`: join {old} under another name, --as NEW={old}"
+                f"{library.path} would have two domains `{new}`: give the one that joins another name with --as NEW={old}"
             )
         taken.append(new)
