@@ -3,8 +3,8 @@
 import copy
 import io
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +290,54 @@ def test_a_cache_that_was_filled_under_another_route_is_read_again(model: PeftMo
     model.generate(with_cache, past_key_values=cache, domains=same, **GREEDY)
     hook.remove()
     assert seen[0] == with_cache.shape[1] - filled
+
+
+@pytest.mark.parametrize("between", ["base", "ungated", "chosen", "interrupted"])
+def test_a_cache_is_read_again_whichever_way_the_stacks_changed(model: PeftModel, between: str) -> None:
+    """One cache for a domain's answer, an answer without routing, and the domain's again."""
+    tuner, cache = tuner_of(model), DynamicCache(config=model.config)
+    of_chat = {"domains": {"chat": 1.0}}
+
+    def both(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        cached = model.generate(ids, past_key_values=cache, **options, **GREEDY)
+        assert torch.equal(cached, model.generate(ids, **options, **GREEDY))
+        return torch.cat([cached, some_prompts(1, 5)[0][None]], 1)
+
+    ids = both(some_prompts(1, 7)[0][None], **of_chat)
+    if between == "chosen":
+        with tuner.using_stacks([stack.name for stack in tuner.stacks if stack.domain == "code"]):
+            ids = both(ids)
+        with tuner.using_stacks([stack.name for stack in tuner.stacks if stack.domain == "math"]):
+            ids = both(ids)
+    elif between == "interrupted":
+        tuner.mode = "ungated"
+        layer = model.get_base_model().model.layers[-1]
+        with interrupted_at(layer, call=3), pytest.raises(KeyboardInterrupt):
+            model.generate(ids, past_key_values=cache, **GREEDY)
+        ids = both(ids)
+    else:
+        tuner.mode = between
+        ids = both(ids)
+    tuner.mode = "auto"
+    both(ids, **of_chat)
+
+
+@contextmanager
+def interrupted_at(layer: torch.nn.Module, call: int) -> Iterator[None]:
+    """Interrupt the given call of `layer`."""
+    calls = 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+
+    hook = layer.register_forward_pre_hook(interrupt)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def test_a_copy_of_a_loaded_model_is_whole(model: PeftModel) -> None:

@@ -2,8 +2,11 @@ import json
 import os
 import random
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -104,6 +107,63 @@ def test_removing_a_domain(library: Library) -> None:
         assert library.remove_domain("code") == [] and library.manifest.stacks == []
         library.add_domain(a_domain("code"))
         assert library.add_stack("code", 1, CONFIG, some_tensors(), a_round()).name == "s003_code", "no name twice"
+
+
+def test_what_the_user_put_into_a_stack_survives_its_removal(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = library.path / "stacks" / "s001_chat"
+    (stack / "my_notes.txt").write_text("mine")
+    deep = stack / "more"
+    for _ in range(1500):  # deeper than Python's recursion goes
+        deep.mkdir()
+        monkeypatch.chdir(deep)
+        deep = Path("d")
+    monkeypatch.undo()
+    with library.writing():
+        library.remove_domain("chat")
+    assert not stack.exists() and library.verify() == []
+    moved = {path.name.partition("-")[2]: path for path in (library.path / ".leftovers").iterdir()}
+    assert moved["my_notes.txt"].read_text() == "mine" and (moved["more"] / "d" / "d").is_dir()
+    subprocess.run(["rm", "-r", moved["more"]], check=True)  # pytest's own cleaning would not get through it
+
+
+def remove_as_another_user(path: Path) -> int:
+    """Remove domain `chat` in a process that is not root, for whom modes count; its exit status."""
+    for entry in (path, *path.rglob("*")):
+        os.chown(entry, 65534, 65534)
+    child = os.fork()
+    if not child:
+        try:
+            os.setuid(65534)
+            library = Library.open(path)
+            with library.writing():
+                library.remove_domain("chat")
+            os._exit(0 if library.verify() == [] else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_folder_that_came_read_only_out_of_an_archive_is_removed(library: Library) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "library"
+        shutil.copytree(library.path, path)
+        (path / ".tmp" / "s009_old").mkdir(parents=True)
+        (path / ".tmp" / "s009_old" / "file").touch()
+        for entry in (path / "stacks" / "s001_chat", path / ".tmp" / "s009_old"):
+            entry.chmod(0o555)
+        assert remove_as_another_user(path) == 0
+        assert not (path / "stacks" / "s001_chat").exists() and not (path / ".tmp").exists()
+
+
+def test_a_broken_record_is_set_aside_beside_an_earlier_one(library: Library) -> None:
+    names = []
+    with library.writing():
+        for content in (b"one", b"two"):
+            library.write_file("report/samples.jsonl", content)
+            names.append(library.set_aside("report/samples.jsonl"))
+    assert [path.read_bytes() for path in names] == [b"one", b"two"]
 
 
 def test_replacing_a_router_file_drops_the_router(library: Library) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -21,6 +22,7 @@ from support.random_library import library as library
 
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.entries import RouterEntry
+from axolotl_brainstacks.library.locking import FolderLock
 from axolotl_brainstacks.library.manifest import Manifest
 
 
@@ -66,6 +68,65 @@ def test_two_libraries_of_one_process_are_one_writer(library: Library) -> None:
     assert [d.name for d in Library.open(library.path).manifest.domains] == ["chat", "code", "law", "math"]
     with pytest.raises(AssertionError):
         other.add_domain(a_domain("medical"))
+
+
+def test_a_forked_process_can_use_the_library_that_its_parent_had_open(library: Library) -> None:
+    """multiprocessing's default on Python 3.12. Another thread of the parent may hold the lock at that moment."""
+    writing, forked = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with library.writing():
+            writing.set()
+            forked.wait(60)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    writing.wait(60)
+    receive, send = multiprocessing.Pipe(duplex=False)
+    receive_go, send_go = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if not child:
+        try:
+            try:
+                with library.writing():
+                    send.send("wrote beside the parent")
+            except ValueError as error:
+                send.send(str(error))
+            receive_go.recv()
+            with library.writing():
+                library.add_domain(a_domain("law"))
+            send.send("written")
+        finally:
+            os._exit(0)
+    try:
+        assert receive.poll(30), "the child hangs"
+        assert "another process" in receive.recv()
+        forked.set()
+        writer.join()
+        send_go.send(None)
+        assert receive.poll(30) and receive.recv() == "written"
+    finally:
+        forked.set()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with library.writing():
+        library.add_domain(a_domain("math"))
+
+
+def test_an_interrupt_right_after_the_lock_is_taken_lets_it_go(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = FolderLock.of(library.path)
+    take = lock._acquire
+
+    def interrupted() -> None:
+        take()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lock, "_acquire", interrupted)
+    with pytest.raises(KeyboardInterrupt), library.writing():
+        pass
+    assert not lock._between_processes.is_locked
 
 
 def every_change(library: Library) -> Iterator[None]:

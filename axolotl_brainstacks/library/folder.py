@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -264,7 +264,7 @@ class LibraryFolder:
         finally:
             self._read_again()
             for gone in (_owned(before) | self._published) - _owned(self.manifest):
-                self._remove(gone)
+                self._remove(gone, set(before.files) if gone in _owned(before) else None)
             self._remove(STAGING)
 
     def _commit(self, manifest: Manifest) -> None:
@@ -321,6 +321,8 @@ class LibraryFolder:
         while os.path.lexists(target):
             number += 1
             target = target.with_name(f"{now}-{number}-{path.name}")
+        if path.is_dir() and not path.is_symlink():
+            _make_writable(path)
         path.rename(target)
         LOG.warning(
             "%s is not listed in %s: a killed run left it, or the manifest is an old one, or it is yours; it is now %s: "
@@ -330,15 +332,26 @@ class LibraryFolder:
             target,
         )
 
-    def _remove(self, relative: str) -> None:
-        """Remove the file, folder or link at this path; a link's target stays."""
+    def _remove(self, relative: str, listed: Container[str] | None = None) -> None:
+        """Remove the file, folder or link at this path; a link's target stays.
+
+        What this package never writes into such a folder moves to `.leftovers`: files that are not in `listed`, if that is
+        given, and folders, except those of stacks in the staging folder.
+        """
         self._check_way(relative)
         path = self.path / relative
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        if not path.is_dir() or path.is_symlink():
             with suppress(FileNotFoundError):
                 path.unlink()
+            return
+        _make_writable(path)
+        for entry in sorted(path.iterdir()):
+            inner, folder = f"{relative}/{entry.name}", entry.is_dir() and not entry.is_symlink()
+            if (folder and relative != STAGING) or (listed is not None and inner not in listed):
+                self._move_aside(entry)
+            else:
+                self._remove(inner)
+        path.rmdir()
 
     def _read_again(self) -> None:
         content = Manifest.read_bytes(self.path)
@@ -374,6 +387,13 @@ class LibraryFolder:
             f"restore the file from a copy of the library, or remove {its} with "
             f"`axolotl brainstacks-library {self.path} remove {domain}` and train it again"
         )
+
+
+def _make_writable(folder: Path) -> None:
+    """Let this user change a folder's content, as archives keep the modes of folders that were read-only elsewhere."""
+    with suppress(PermissionError):  # of another user: what comes next says which path cannot be changed
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            folder.chmod(folder.stat().st_mode | stat.S_IRWXU)
 
 
 def _owned(manifest: Manifest) -> set[str]:

@@ -33,6 +33,9 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path, self.owner = folder / LOCK, folder / OWNER
+        self._start_free()
+
+    def _start_free(self) -> None:
         self._threads = threading.RLock()
         self._between_processes = FileLock(self.path, timeout=0, thread_local=False)
         self._thread: int | None = None
@@ -54,14 +57,16 @@ class FolderLock:
     def hold(self) -> Iterator[None]:
         """Hold the lock while the block runs. Raises ValueError if another process holds it."""
         with self._threads:
-            if not self._between_processes.is_locked:
-                self._acquire()
-            self._thread, self._depth = threading.get_ident(), self._depth + 1
+            outer = self._depth
+            # Acquired inside `try`, so that an interrupt right after it leaves nothing locked.
             try:
+                if not self._between_processes.is_locked:
+                    self._acquire()
+                self._thread, self._depth = threading.get_ident(), outer + 1
                 yield
             finally:
-                self._depth -= 1
-                if not self._depth:
+                self._depth = outer
+                if not outer:
                     self._thread = None
                     self._release()
 
@@ -80,7 +85,7 @@ class FolderLock:
                 f"then run the same command again{'' if alive else stale}"
             ) from None
         # The owner's file only tells a refused process whom to wait for. Failing to write it is no error: a full disk must
-        # not stop `remove`, which frees space.
+        # not stop a writer that frees space.
         with suppress(OSError):
             self.owner.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -90,10 +95,12 @@ class FolderLock:
     def _release(self) -> None:
         # The owner's file goes, or a copy of the folder would publish the host's name. A forked process does not hold the
         # lock, so it must not remove the file of its parent.
-        with suppress(OSError, ValueError):
-            if self._between_processes.is_locked and self._owner()[0] == os.getpid():
-                self.owner.unlink()
-        self._between_processes.release()
+        try:
+            with suppress(OSError, ValueError):
+                if self._between_processes.is_locked and self._owner()[0] == os.getpid():
+                    self.owner.unlink()
+        finally:
+            self._between_processes.release(force=True)
 
     def _owner(self) -> tuple[int, str]:
         found = parse_json(read(self.owner, 4096))
@@ -116,3 +123,13 @@ class FolderLock:
             except (OSError, OverflowError):
                 alive = False
         return f"pid {pid} on {printable(host)}", alive
+
+
+def _start_free_in_child() -> None:
+    """In a forked process: it holds no lock of its parent, whose other threads may have been in the middle of taking one."""
+    FolderLock._knowing = threading.Lock()
+    for lock in list(FolderLock._known.values()):
+        lock._start_free()
+
+
+os.register_at_fork(after_in_child=_start_free_in_child)

@@ -1,6 +1,7 @@
 """Files of a library that no answer depends on but later commands read: the prompts and losses that the router was fitted
 on, its evaluation, and the report. The manifest lists each with its SHA-256, which is checked before the file is used."""
 
+import os
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -70,12 +71,16 @@ class LibraryRecords(LibraryFolder):
         (self.path / relative).unlink(missing_ok=True)
 
     def set_aside(self, relative: str) -> Path:
-        """Rename a file of `Manifest.records` that cannot be read to `<name>.broken`, unlist it, and return its new path."""
+        """Rename a file of `Manifest.records` that cannot be read to `<name>.broken`, or `<name>.2.broken` if that is taken;
+        unlist it, and return its new path."""
         with self._changing() as manifest:
             manifest.records.pop(relative, None)
             manifest.pending.pop(relative, None)
         path = self.path / relative
-        aside = path.with_name(f"{path.name}.broken")
+        number, aside = 1, path.with_name(f"{path.name}.broken")
+        while os.path.lexists(aside):
+            number += 1
+            aside = path.with_name(f"{path.name}.{number}.broken")
         with suppress(FileNotFoundError):
             path.replace(aside)
         return aside

@@ -31,7 +31,7 @@ LOG = logging.getLogger(__name__)
 
 Domains = Mapping[str, float] | Sequence[Mapping[str, float]]
 
-# Attribute of a KV cache: the stacks and weights that its tokens were computed with.
+# Attribute of a KV cache: the stacks and weights that its tokens were computed with; None while an answer fills it.
 _READ_WITH = "brainstacks_read_with"
 
 
@@ -150,7 +150,7 @@ def generate(tuner: LibraryTuner, *args: Any, domains: Domains | None = None, **
     """`BrainstacksModel.generate`."""
     with tuner.lock:
         if domains is None and not _routes_by_itself(tuner):
-            return tuner.model.generate(*args, **kwargs)
+            return _answer(tuner, args, kwargs)
         before = tuner.selection.wanted
         shown = kwargs.get("streamer") if tuner.show_routes else None
         try:
@@ -159,13 +159,8 @@ def generate(tuner: LibraryTuner, *args: Any, domains: Domains | None = None, **
                 LOG.info("Prompt %d: %s", number, row)
             if shown is not None:
                 shown.on_finalized_text(f"[{routes[0]}]\n")
-            names, weights = stack_weights(tuner, routes)
-            tuner.use_stacks(names, weights)
-            read_with = (names, weights.tolist())
-            _reset_cache_if_rerouted(kwargs, read_with)
-            answer = tuner.model.generate(*args, **kwargs)
-            _mark_cache(kwargs, read_with)
-            return answer
+            tuner.use_stacks(*stack_weights(tuner, routes))
+            return _answer(tuner, args, kwargs)
         except BaseException as error:
             if shown is not None:
                 # A web page that shows the answer as it is generated waits for the stream's end, which must come here too.
@@ -174,6 +169,25 @@ def generate(tuner: LibraryTuner, *args: Any, domains: Domains | None = None, **
             raise
         finally:
             tuner.selection.wanted = before
+
+
+def _answer(tuner: LibraryTuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The base model's `generate` with the stacks that are on.
+
+    A KV cache that was filled with other stacks, as in a chat whose turns take different routes, is emptied first; so is one
+    that an interrupted answer left half filled. A cache without a mark was filled by the caller's own forwards, and is used
+    as it is.
+    """
+    cache, on = kwargs.get("past_key_values"), tuner.selection.wanted
+    read_with = (on.names, None if on.weights is None else on.weights.tolist())
+    if cache is not None:
+        if cache.get_seq_length() and getattr(cache, _READ_WITH, read_with) != read_with:
+            cache.reset()
+        setattr(cache, _READ_WITH, None)
+    answer = tuner.model.generate(*args, **kwargs)
+    if cache is not None:
+        setattr(cache, _READ_WITH, read_with)
+    return answer
 
 
 def _one_route_each(
@@ -268,19 +282,3 @@ def _setting(tuner: LibraryTuner, kwargs: Mapping[str, Any], name: str) -> Any:
     configs = (kwargs.get("generation_config"), tuner.model.generation_config)
     given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in given if value is not None), None)
-
-
-def _reset_cache_if_rerouted(kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
-    """Empty a KV cache that was filled with other stacks, as in a chat whose turns take different routes."""
-    cache = kwargs.get("past_key_values")
-    if cache is not None:
-        if cache.get_seq_length() and getattr(cache, _READ_WITH, None) != on:
-            cache.reset()
-        # The mark is absent while an answer fills the cache, so a cache that an interrupt left half filled is reset as well.
-        setattr(cache, _READ_WITH, None)
-
-
-def _mark_cache(kwargs: Mapping[str, Any], on: tuple[list[str], Any]) -> None:
-    """Record with which stacks the KV cache was filled."""
-    if (cache := kwargs.get("past_key_values")) is not None:
-        setattr(cache, _READ_WITH, on)
