@@ -245,7 +245,7 @@ def test_a_domain_without_rows(config: dict[str, Any]) -> None:
         path.write_text(text)
         assert_refused(config, message)
     path.unlink()
-    assert_refused(config, message)
+    assert_refused(config, rf"`datasets` of domain `code`: there is no {re.escape(str(path))}: correct the path")
 
 
 def test_a_damaged_stack(config: dict[str, Any]) -> None:

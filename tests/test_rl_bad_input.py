@@ -129,5 +129,5 @@ def test_the_documents_show_a_domain_that_is_accepted() -> None:
     block = BrainstacksBlock.parse({"domains": yaml.safe_load(shown)})
     (math,) = block.curriculum
     check_overlay(math)
-    assert [entry.rl for entry in math.rl_rounds] == ["dpo", "grpo"]
+    assert [entry.rl for entry in math.rl_rounds] == ["dpo", "kto", "grpo"]
     assert block.settings_of("math").boosting.max_rounds == 3
