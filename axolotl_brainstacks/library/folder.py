@@ -33,14 +33,12 @@ from axolotl_brainstacks.library.storage import (
     sync_folder,
     write_durably,
 )
-from axolotl_brainstacks.names import DOMAIN_NAME, FrozenDtype
+from axolotl_brainstacks.names import DOMAIN_NAME, PIN, FrozenDtype
 
 LOG = logging.getLogger(__name__)
 
 STAGING = ".tmp"
 LEFTOVERS = ".leftovers"
-# The environment variable with the SHA-256 of the only manifest that this process may open.
-PIN = "BRAINSTACKS_LIBRARY_SHA256"
 # Folders in which the manifest lists every file, each with the pattern of the names that this package gives there.
 OWNED = {
     "stacks": re.compile(STACK_PATTERN),
