@@ -31,6 +31,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def shortened(text: object, most: int = 300) -> str:
+    """`printable` text of at most `most` characters, with "…" in place of what was in the middle."""
+    shown = printable(text)
+    return shown if len(shown) <= most else f"{shown[: most // 2 - 1]}…{shown[-most // 2 :]}"
+
+
 def folder_problem(root: Path, relative: str) -> str | None:
     """Check that no folder between `root` and its file `relative` is a link.
 
@@ -100,9 +106,7 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
 
     try:
         text = data if isinstance(data, str) else data.decode()
-        # Each value but the first of its list or object follows a comma. Commas in strings count too, which few texts notice.
-        if sum(map(text.count, ",[{")) > MAX_VALUES:
-            raise ValueError(f"more than {MAX_VALUES} values")
+        check_values(text)
         value = json.loads(text, object_pairs_hook=_unique, parse_float=finite, parse_constant=finite)
         if "\\u" in text:  # an escape can stand for half of a surrogate pair, which no encoding can write again
             json.dumps(value, ensure_ascii=False).encode()
@@ -116,6 +120,13 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
         if depth > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return value
+
+
+def check_values(text: str) -> None:
+    """Raises ValueError if JSON text has more than `MAX_VALUES` values."""
+    # Each value but the first of its list or object follows a comma. Commas in strings count too, which few texts notice.
+    if sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
