@@ -180,7 +180,7 @@ def _rounds(library: Library) -> Figure:
     axes.set_xlabel("round (0: with the stacks of earlier domains; the dash beside it: base alone; x: dropped)")
     axes.set_ylabel("validation loss per answer token")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=1 + len(trained) // 10)
     return figure
 
 
