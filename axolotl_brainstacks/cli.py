@@ -2,12 +2,13 @@
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from axolotl_brainstacks.guarded import printable
+from axolotl_brainstacks.guarded import printable, shortened
 
 if TYPE_CHECKING:
     from axolotl_brainstacks.library import Library
@@ -67,18 +68,23 @@ def list_domains(ctx: click.Context) -> None:
     table.add_column("domain", overflow="fold")
     for heading in ("done", "rounds", "stacks", "loss", "capacity", "MB", "router"):
         table.add_column(heading, justify="right", no_wrap=True)
+    # Counted once for all domains, of which a library may have thousands.
+    counts = Counter(stack.domain for stack in manifest.stacks)
+    sizes = Counter({domain.name: sum(r.bytes for r in domain.files.values()) for domain in manifest.domains})
+    for stack in manifest.stacks:
+        sizes[stack.domain] += sum(record.bytes for record in stack.files.values())
+    known = set(manifest.router.domains if manifest.router else [])
     for domain in manifest.domains:
         constraint = domain.constraint or domain.nullspace
-        routed = manifest.router is not None and domain.name in manifest.router.domains
         table.add_row(
             domain.name,
             "yes" if domain.done else "replacing" if domain.before else "no",
             str(len(domain.rounds)),
-            str(len(manifest.stacks_of(domain.name))),
-            "imported" if math.isnan(domain.base_loss) else f"{domain.base_loss:.3f} -> {domain.last_loss:.3f}",
+            str(counts[domain.name]),
+            "imported" if math.isnan(domain.base_loss) else f"{_short(domain.base_loss)} -> {_short(domain.last_loss)}",
             f"{constraint.capacity_left:.0%}" if constraint else "-",
-            f"{manifest.bytes_of(domain.name) / 1e6:.1f}",
-            ("stale" if manifest.router and manifest.router.stale else "fitted") if routed else "none",
+            f"{sizes[domain.name] / 1e6:.1f}",
+            ("stale" if manifest.router and manifest.router.stale else "fitted") if domain.name in known else "none",
         )
     Console(markup=False, emoji=False).print(table)
     click.echo(f"SHA-256 of the manifest: {opened.sha256}")
@@ -101,13 +107,15 @@ def verify(ctx: click.Context, against: str | None) -> None:
     problems = opened.verify()
     for line in problems:
         click.echo(printable(line))
+    unlisted = opened.unlisted()
     for title, files in (
-        ("Not covered, and not read by any command", opened.not_covered()),
+        ("Not covered, and not read by any command", [file for file in opened.not_covered() if file not in unlisted]),
+        ("Not covered in this older library, and listed by the next command that writes", unlisted),
         ("Moved aside by earlier writers, to be deleted by hand", [str(path) for path in opened.leftovers()]),
     ):
         if files:
             more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-            click.echo(f"{title}: {', '.join(map(printable, files[:_SHOWN]))}{more}")
+            click.echo(f"{title}: {', '.join(map(shortened, files[:_SHOWN]))}{more}")
     pinned = "as required" if against else "not compared with any: see --against"
     click.echo(f"SHA-256 of the manifest: {opened.sha256} ({pinned})")
     if problems:
@@ -151,6 +159,10 @@ def remove(ctx: click.Context, domain: str, yes: bool) -> None:
 def _counted(stacks: list[str]) -> str:
     names = f" ({', '.join(stacks)})" if stacks else ""
     return f"{len(stacks)} stack{'' if len(stacks) == 1 else 's'}{names}"
+
+
+def _short(loss: float) -> str:
+    return f"{loss:.3f}" if abs(loss) < 1e6 else f"{loss:.3g}"
 
 
 def _loss(loss: float) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_DEPTH = 32
+# Most values of a JSON document. A value of three characters, "[],", takes about 130 bytes in memory.
+MAX_VALUES = 2**21
 # A safetensors header takes about 150 bytes for each tensor.
 MAX_HEADER_BYTES = 32 * 2**20
 
@@ -27,6 +29,12 @@ MAX_HEADER_BYTES = 32 * 2**20
 def printable(text: object) -> str:
     """`text` on one line, safe to print: control characters, also those that reorder text, become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def shortened(text: object, most: int = 300) -> str:
+    """`printable` text of at most `most` characters, with "…" in place of what was in the middle."""
+    shown = printable(text)
+    return shown if len(shown) <= most else f"{shown[: most // 2 - 1]}…{shown[-most // 2 :]}"
 
 
 def folder_problem(root: Path, relative: str) -> str | None:
@@ -61,12 +69,22 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """The content of a file of at most `limit` bytes. Raises as `open_regular`, and ValueError for a larger file."""
+    """The content of a file of at most `limit` bytes.
+
+    Raises:
+        OSError: as `open_regular`.
+        ValueError: as `open_regular`, or if the file is larger, or has another size than its content.
+    """
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size <= limit and len(data := file.read(limit + 1)) <= limit:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise ValueError(
+                f"{printable(path)} is larger than the {limit} bytes that it may have: restore the file from a copy"
+            )
+        # Files of the kernel, such as those in /proc, count as regular and as empty, and some have no end.
+        if (data := file.read(size + 1)) is not None and len(data) == size:
             return data
     raise ValueError(
-        f"{printable(path)} is larger than the {limit} bytes that it may have: restore the file from a copy"
+        f"{printable(path)} does not have the {size} bytes that it says: put a real file there, and run again"
     )
 
 
@@ -78,7 +96,7 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
 
     Raises:
         ValueError: for malformed JSON, text that is not Unicode, a key that an object has twice, nesting deeper than
-            `MAX_DEPTH`, or a number that is not finite.
+            `MAX_DEPTH`, more than `MAX_VALUES` values, or a number that is not finite.
     """
 
     def finite(text: str) -> float:
@@ -88,6 +106,7 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
 
     try:
         text = data if isinstance(data, str) else data.decode()
+        check_values(text)
         value = json.loads(text, object_pairs_hook=_unique, parse_float=finite, parse_constant=finite)
         if "\\u" in text:  # an escape can stand for half of a surrogate pair, which no encoding can write again
             json.dumps(value, ensure_ascii=False).encode()
@@ -101,6 +120,13 @@ def parse_json(data: bytes | str, non_finite: bool = False) -> Any:
         if depth > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     return value
+
+
+def check_values(text: str) -> None:
+    """Raises ValueError if JSON text has more than `MAX_VALUES` values."""
+    # Each value but the first of its list or object follows a comma. Commas in strings count too, which few texts notice.
+    if sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
@@ -153,7 +179,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError for a key that is there twice: two programs may read two different values."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        last = {key: place for place, (key, _) in enumerate(pairs)}
+        twice = next(key for place, (key, _) in enumerate(pairs) if last[key] != place)
         raise ValueError(f"the key {twice[:100]!r} is there twice")
     return found

@@ -11,6 +11,7 @@ from conftest import REPO
 from safetensors.torch import save, save_file
 
 from axolotl_brainstacks.guarded import (
+    MAX_VALUES,
     folder_problem,
     load_tensors,
     open_regular,
@@ -26,6 +27,7 @@ PACKAGE = REPO / "axolotl_brainstacks"
 OWN_FILES = {
     "guarded.py",
     "library/checkpoint_files.py",
+    "curriculum/checkpoints.py",
     "curriculum/guard.py",
     "rewards/sandbox.py",
     "rewards/sandboxed.py",
@@ -96,6 +98,11 @@ def test_sizes_are_bounded(tmp_path: Path) -> None:
         read(path)
 
 
+def test_a_file_of_the_kernel_that_counts_as_empty_is_not_read() -> None:
+    with pytest.raises(ValueError, match=r"/proc/self/status does not have the 0 bytes that it says.*put a real file"):
+        read(Path("/proc/self/status"))
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -110,9 +117,16 @@ def test_sizes_are_bounded(tmp_path: Path) -> None:
         ("[\x1b]", "JSONDecodeError"),
         (b"\xff\xfe\x00", "UnicodeDecodeError"),
         (b'["\xed\xa0\x80"]', "UnicodeDecodeError"),
+        (f"[{'[],' * MAX_VALUES}[]]", f"more than {MAX_VALUES} values"),
+        (
+            f"{{{','.join(f'{chr(34)}{key}{chr(34)}:0' for key in [*range(200_000), 199_999])}}}",
+            "the key '199999' is there",
+        ),
         ('["\\ud800"]', "UnicodeEncodeError"),
     ],
+    ids=lambda value: str(value)[:20],
 )
+@pytest.mark.timeout(60)
 def test_json_that_is_refused(text: str | bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         parse_json(text)

@@ -22,6 +22,7 @@ from axolotl_brainstacks.curriculum.plan import Plan
 from axolotl_brainstacks.curriculum.preflight import LibraryState, check_library, done_domains
 from axolotl_brainstacks.library import Library
 from axolotl_brainstacks.library.entries import RouterEntry
+from axolotl_brainstacks.library.lora_import import import_lora
 from axolotl_brainstacks.library.report import FORGETTING, PAGE, ROUTER_CHART, write_report
 
 FOLDERS = ["stacks", "validation", "nullspace", "router", "report", ".tmp", ".leftovers", "router/discovery"]
@@ -194,6 +195,10 @@ def test_a_fifo_in_place_of_a_file_blocks_nobody(library: Library) -> None:
         (lambda m: m["stacks"][0].update(round="1"), r"stacks\.0\.round"),
         (lambda m: m["domains"][0].update(done=1), r"domains\.0\.done"),
         (lambda m: m["domains"][0].update(replaced=["s002_code"]), "'s002_code', which is not its own"),
+        (lambda m: m["domains"][0]["rounds"][0].update(stack="s002_code"), "'chat' made stack 's002_code'.*not its own"),
+        (lambda m: m["domains"][0]["rounds"][0].update(stack="s009_gone"), "'chat' made stack 's009_gone'.*not its own"),
+        (lambda m: m["domains"][0]["rounds"][0].update(objective_after=1.0), "objective_after, but no objective_before"),
+        (lambda m: m.update(next_stack=10**9 + 1), "next_stack"),
         (lambda m: m["domains"][0]["protection"].update(energy="NaN"), r"protection\.energy"),
         (lambda m: m["domains"][0]["validation"].update(bytes=-1), r"validation\.bytes"),
         (lambda m: m["domains"][0]["validation"].update(sha256="0"), r"validation\.sha256"),
@@ -210,6 +215,47 @@ def test_manifests_that_no_library_writes(library: Library, change: Callable[[di
     with pytest.raises(ValueError, match=message) as caught:
         Library.open(library.path)
     assert str(library.path / "manifest.json") in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_library_without_a_number_left_gets_no_stack(library: Library) -> None:
+    edited(library, lambda m: m.update(next_stack=10**9))
+    full = Library.open(library.path)
+    assert full.verify() == []
+    with pytest.raises(ValueError, match=r"next_stack in manifest\.json is 1000000000.*restore"), full.writing():
+        full.add_stack("code", 2, CONFIG, some_tensors(), a_round(2))
+    assert Library.open(library.path).verify() == []
+
+
+@pytest.mark.timeout(60)
+def test_a_manifest_of_millions_of_values_is_refused_at_once(library: Library) -> None:
+    (library.path / "manifest.json").write_text(f'{{"schema_version": 2, "x": [{"[]," * (20 * 2**20)}[]]}}')
+    with pytest.raises(ValueError, match=r"manifest\.json .*more than 2097152 values.*restore"):
+        Library.open(library.path)
+
+
+def test_a_manifest_that_could_not_be_read_again_is_not_written(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (library.path / "manifest.json").read_bytes()
+    monkeypatch.setattr("axolotl_brainstacks.library.manifest.MAX_JSON_BYTES", len(before))
+    too_large = pytest.raises(ValueError, match=r"manifest\.json would be too large to be read again.*new library")
+    with too_large, library.writing():
+        library.add_domain(a_domain("law"), b"rows of law")
+    assert (library.path / "manifest.json").read_bytes() == before and library.verify() == []
+
+
+def test_verify_names_a_long_path_in_short(library: Library) -> None:
+    folder = library.path / "validation"
+    for _ in range(8):
+        folder /= "x" * 200
+    folder.mkdir(parents=True)
+    (folder / "end.safetensors").write_text("")
+    (problem,) = library.verify()
+    assert (
+        len(problem) < 400
+        and problem.startswith(str(library.path)[:100])
+        and "xx/end.safetensors is unknown" in problem
+    )
 
 
 NO_MANIFESTS = ["[" * 10**5, '{"schema_version": 2, "schema_version": 2}', "[]", "2", '{"schema_version": [2]}']
@@ -370,6 +416,25 @@ def test_a_pinned_library_is_the_one_that_was_seen(library: Library, monkeypatch
     assert "get the library that was pinned" in run(library, "verify", "--against", pin).output
     for wrong in ("", "x" * 64, pin.upper(), pin[:12]):
         assert "64 digits" in run(library, "verify", "--against", wrong).output
+
+
+def test_a_pin_without_its_library_makes_no_new_one(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRAINSTACKS_LIBRARY_SHA256", "0" * 64)
+    new = tmp_path / "new"
+    (tmp_path / "adapter").mkdir()
+    plan = Plan({}, BrainstacksBlock(domain="law"), new, inference=False)
+    for action in (
+        lambda: Library.create(new, library.manifest.base),
+        lambda: check_library(plan),
+        lambda: import_lora(new, "law", tmp_path / "adapter"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"BRAINSTACKS_LIBRARY_SHA256 is set, but {new} is not a library.*get the"
+        ):
+            action()
+    assert not new.exists()
 
 
 def test_the_yaml_pins_a_library_before_anything_is_loaded(library: Library, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Libraries on the Hub: fetched with the caller's token into the caller's cache, and no more than answers need."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -119,3 +120,19 @@ def test_a_repository_names_no_folder_outside_of_it_and_a_library_itself(folder:
         assert line.startswith("refused:") and "outside of the repository" in line
     assert "refused:" in strange and "`library` must be '.', but is '../library'" in strange
     assert beside.endswith("/library") and Library.exists(beside)
+
+
+def test_a_stack_on_the_hub_is_checked_as_one_in_a_folder(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    names = ("good", "larger", "pickled")
+    for name in names:
+        shutil.copytree(folder / "stacks/s001_chat", output / name)
+    config = json.loads((output / "larger/adapter_config.json").read_text())
+    (output / "larger/adapter_config.json").write_text(json.dumps(config | {"r": 10**6}))
+    (output / "pickled/adapter_model.safetensors").rename(output / "pickled/adapter_model.bin")
+    with hub_of(output, REPOSITORY, TOKEN) as hub:
+        done = run(hub, tmp_path, REFUSED, REPOSITORY, tmp_path / "cache", TOKEN, *names)
+    good, larger, pickled = done.stdout.splitlines()
+    assert good == "None"
+    assert "refused:" in larger and "r 1000000" in larger
+    assert "refused:" in pickled and "adapter_model.bin is a pickle" in pickled

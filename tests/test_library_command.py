@@ -55,6 +55,18 @@ def test_cli_list_fits_into_80_columns(tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(line.strip("d ") == "" for line in lines) in (1, 2), "the rest of the long name"
 
 
+def test_cli_list_counts_the_stacks_and_bytes_of_each_domain(library: Library) -> None:
+    with library.writing():
+        library.add_stack("code", 2, CONFIG, some_tensors(4000), a_round(2))
+        library.update_domain("chat", done=True)
+        library.replace_domain("chat")
+    for name in ("chat", "code"):
+        (line,) = (line for line in run(library, "list").output.splitlines() if line.startswith(name))
+        cells = line.split()
+        assert cells[3] == str(len(library.manifest.stacks_of(name)))
+        assert cells[-2] == f"{library.manifest.bytes_of(name) / 1e6:.1f}"
+
+
 def test_cli_verify(library: Library) -> None:
     result = run(library, "verify")
     sha256 = hashlib.sha256((library.path / "manifest.json").read_bytes()).hexdigest()

@@ -242,6 +242,10 @@ REFUSED: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     "another rank": (
         "no A and B of one rank", lambda f, base: retensor(f, lambda t: t.update({Q0 + "A.weight": torch.randn(3, 32)})),
     ),
+    "a name with a line break": (
+        r"q_proj\.lora_B\.weight\\n` is no A or B",
+        lambda f, base: retensor(f, lambda t: t.update({Q0 + "B.weight\n": t[Q0 + "B.weight"].clone() * 100})),
+    ),
     "half a pair": ("no A and B of one rank", lambda f, base: retensor(f, lambda t: t.pop(Q0 + "B.weight"))),
     "not finite": ("NaN or infinite", lambda f, base: retensor(f, lambda t: t[Q0 + "B.weight"].fill_(torch.nan))),
     "no alpha": ("`lora_alpha` is not what PEFT writes", lambda f, base: rewrite(f, lambda c: c.pop("lora_alpha"))),
@@ -249,6 +253,10 @@ REFUSED: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     "alpha true": ("`lora_alpha` is not what PEFT writes", lambda f, base: rewrite(f, lambda c: c.update(lora_alpha=True))),
     "alphas of a word": (
         "`alpha_pattern.q_proj`", lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern={"q_proj": "8"})),
+    ),
+    "a class as in POSIX": (
+        r"`q_\[\[:alpha:\]\]roj`.*POSIX",
+        lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern={"q_[[:alpha:]]roj": 8})),
     ),
     "a list of alphas": ("`alpha_pattern`", lambda f, base: rewrite(f, lambda c: c.update(alpha_pattern=[1]))),
     "no regular expression": (
@@ -321,6 +329,24 @@ def test_another_base_model_is_refused_and_the_same_one_elsewhere_is_not(base_di
     assert contents(library.path) == before
     shutil.rmtree(tmp_path / "twin")
     assert run(library.path, "sums", tmp_path / "lora", "--base-model", base_dir).exit_code == 0
+
+
+@pytest.mark.parametrize("change", [
+    {"num_attention_heads": 0}, {"hidden_size": "x"}, {"dtype": "nothing"}, {"quantization_config": {"quant_method": "aqlm"}},
+    {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"weights": b"junkjunkjunkjunk"},
+], ids=str)  # fmt: skip
+def test_a_strangers_base_model_fails_in_one_line(base_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    save_lora(tmp_path / "lora", base_dir)
+    base = Path(shutil.copytree(base_dir, tmp_path / "base"))
+    if "weights" in change:
+        (base / "model.safetensors").write_bytes(change["weights"])
+    else:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | change))
+    result = run(tmp_path / "library", "sums", tmp_path / "lora", "--base-model", base)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    error = result.output[result.output.index("Error: ") :]
+    assert str(base) in error and "cannot be loaded" in error and "--base-model" in error and error.count("\n") == 1
 
 
 def test_names_that_are_taken_or_cannot_be_are_refused(base_dir: Path, tmp_path: Path) -> None:

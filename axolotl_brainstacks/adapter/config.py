@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.peft_types import PeftType
 
-from axolotl_brainstacks.adapter.folder import check_kind, check_rank, fetch_library
+from axolotl_brainstacks.adapter.folder import check_kind, check_stack, fetch_library, fetch_stack
 
 # Trained scales are far smaller. With a larger one the activations could overflow, and then also spoil the rows of a batch that
 # do not use the stack: their weight is 0, and 0 * inf is NaN.
@@ -193,8 +193,10 @@ class BrainstacksConfig(PeftConfig):
     ) -> BrainstacksConfig:
         """Load a config as PEFT does, check its folder, and make `library` an absolute path.
 
-        For a library on the Hub, this downloads all files that answering needs; PEFT itself downloads the config and one
-        weights file only.
+        This downloads all files that answering needs of a library on the Hub, and the weights of a stack, to check them; PEFT
+        itself downloads the config and one file of weights only.
+
+        A stack's regular expressions that choose modules become the names of the modules that its tensors belong to.
 
         Args:
             pretrained_model_name_or_path: local folder, or repository on the Hub.
@@ -202,19 +204,22 @@ class BrainstacksConfig(PeftConfig):
             kwargs: as PEFT's, such as `revision`, `token` and `cache_dir`.
 
         Raises:
-            ValueError: if the config of a library names another library or none; or if a stack's config does not fit the
-                tensors in its folder.
+            ValueError: if the config of a library names another library or none; if a stack's config does not fit the
+                tensors in its folder, or a library is pinned and this is a stack; or if the weights are a pickle or no regular
+                file.
         """
         config: BrainstacksConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         # PEFT takes a path that exists for a folder, and anything else for a repository.
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         local = (folder / CONFIG_NAME).is_file()
+        options = cls._split_kwargs(kwargs)[0]
+        if not local and config.library is None:
+            folder = fetch_stack(pretrained_model_name_or_path, subfolder or "", options)
         check_kind(config, folder)
         if config.library is None:
-            check_rank(config, folder)
+            check_stack(config, folder)
         elif local:
             config.library = str((folder / config.library).resolve())
         else:
-            options = cls._split_kwargs(kwargs)[0]
             config.library = fetch_library(config, pretrained_model_name_or_path, subfolder or "", options)
         return config

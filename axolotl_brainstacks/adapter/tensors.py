@@ -22,6 +22,12 @@ def is_stack_key(key: str) -> bool:
     return _KEY.fullmatch(key) is not None
 
 
+def module_of(key: str) -> str | None:
+    """The module whose tensor a stack's file has under this name; None if it is no tensor of a stack."""
+    match = _KEY.fullmatch(key)
+    return match["module"] if match else None
+
+
 def stack_pairs(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Group the tensors of a stack's file by projection. No value is read, so memory-mapped tensors stay on disk.
 

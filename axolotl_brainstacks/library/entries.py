@@ -47,6 +47,9 @@ RelativePath = Annotated[str, AfterValidator(_inside)]
 DomainName = Annotated[str, Field(pattern=DOMAIN_PATTERN)]
 StackName = Annotated[str, Field(pattern=STACK_PATTERN)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
+# The number of a stack. Names have up to twelve digits.
+MOST_STACKS: Final = 10**9
+StackNumber = Annotated[int, Field(ge=0, le=MOST_STACKS)]
 # A loss, in nats per answer token. It may be NaN or infinite, as after a round that diverged.
 Loss = Annotated[float, BeforeValidator(_number)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -88,6 +91,12 @@ class RoundRecord(Entry):
     steps: Count
     stop_reason: str
     metrics: dict[str, Loss] = {}
+
+    @model_validator(mode="after")
+    def _objective_is_whole(self) -> Self:
+        if self.objective_after is not None and self.objective_before is None:
+            raise ValueError(f"round {self.round} has an objective_after, but no objective_before")
+        return self
 
 
 class StackEntry(Entry):

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from axolotl_brainstacks.guarded import folder_problem, parse_json, printable, read
+from axolotl_brainstacks.guarded import folder_problem, parse_json, printable, read, shortened
 from axolotl_brainstacks.library.entries import CONFIG as CONFIG
 from axolotl_brainstacks.library.entries import MANIFEST, STACK_PATTERN, FileRecord
 from axolotl_brainstacks.library.entries import WEIGHTS as WEIGHTS
@@ -33,14 +33,12 @@ from axolotl_brainstacks.library.storage import (
     sync_folder,
     write_durably,
 )
-from axolotl_brainstacks.names import DOMAIN_NAME, FrozenDtype
+from axolotl_brainstacks.names import DOMAIN_NAME, PIN, FrozenDtype
 
 LOG = logging.getLogger(__name__)
 
 STAGING = ".tmp"
 LEFTOVERS = ".leftovers"
-# The environment variable with the SHA-256 of the only manifest that this process may open.
-PIN = "BRAINSTACKS_LIBRARY_SHA256"
 # Folders in which the manifest lists every file, each with the pattern of the names that this package gives there.
 OWNED = {
     "stacks": re.compile(STACK_PATTERN),
@@ -115,9 +113,10 @@ class LibraryFolder:
         """Make the folder for a new library if it does not exist.
 
         Raises:
-            ValueError: if the folder cannot be made or written, or is not empty.
+            ValueError: if the folder cannot be made or written, or is not empty, or the environment variable pins a library.
         """
         folder = Path(path).absolute()
+        LibraryFolder.check_unpinned(folder)
         try:
             make_writable(folder)
         except OSError as error:
@@ -132,6 +131,15 @@ class LibraryFolder:
         if any(not child.name.startswith(".") for child in folder.iterdir()):
             raise ValueError(f"{folder} is no library and not empty: name a new folder in brainstacks.library")
         _check_folders(folder)
+
+    @staticmethod
+    def check_unpinned(path: str | Path) -> None:
+        """Raises ValueError, as there is no library in this folder, if the environment variable pins the one to use."""
+        if os.environ.get(PIN):
+            raise ValueError(
+                f"{PIN} is set, but {path} is not a library (no {MANIFEST}): get the library that was pinned, or unset {PIN} "
+                "to make a new one"
+            )
 
     # Writing
 
@@ -159,7 +167,7 @@ class LibraryFolder:
         """
         files = self.manifest.files
         unknown = [
-            f"{printable(path)} is unknown to {MANIFEST}: move it out of the library"
+            f"{shortened(path)} is unknown to {MANIFEST}: move it out of the library"
             for folder in OWNED
             for path in sorted((self.path / folder).rglob("*"))
             if path.name == CONFIG or path.suffix == ".safetensors"
@@ -268,7 +276,14 @@ class LibraryFolder:
             self._remove(STAGING)
 
     def _commit(self, manifest: Manifest) -> None:
-        self._put(MANIFEST, json_to_bytes(json.loads(manifest.model_dump_json())))
+        data = json_to_bytes(json.loads(manifest.model_dump_json()))
+        try:
+            Manifest.check_size(data)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path / MANIFEST} would be too large to be read again ({error}): train into a new library"
+            ) from error
+        self._put(MANIFEST, data)
 
     def _put(self, relative: str, data: bytes) -> FileRecord:
         staged = self.path / STAGING / PurePosixPath(relative).name
@@ -281,9 +296,12 @@ class LibraryFolder:
         self._check_way(relative)
         target = self.path / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        if PurePosixPath(relative).parts[0] in OWNED:
-            if relative not in _owned(self.manifest) and os.path.lexists(target):
-                self._move_aside(target)
+        top = PurePosixPath(relative).parts[0]
+        unlisted = top in (*OWNED, "report") and relative not in _owned(self.manifest) | self.manifest.records.keys()
+        in_the_way = target.is_dir() and not target.is_symlink() and not staged.is_dir()
+        if os.path.lexists(target) and (unlisted or in_the_way):
+            self._move_aside(target)
+        if top in OWNED:
             self._published.add(relative)
         staged.replace(target)
         # A rename survives a power cut only when the folder is synced, as is each folder above it that may be new.

@@ -29,7 +29,7 @@ from axolotl_brainstacks.library.entries import CONFIG, WEIGHTS, DomainEntry, St
 from axolotl_brainstacks.library.library import Library
 from axolotl_brainstacks.names import DOMAIN_NAME
 
-_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Options that do not change a trained adapter's output, or that `stack_of` reproduces. Any other option, also one that a
 # newer PEFT adds, is assumed to change the output.
 _TAKEN_OVER = {
@@ -64,7 +64,9 @@ def import_lora(library_path: Path, name: str, folder: Path, base_model: str | N
     if not DOMAIN_NAME.fullmatch(name):
         raise ValueError(f"`{name}` cannot be a domain's name: use lower-case letters, digits and _, a letter first")
     library = Library.open(library_path) if Library.exists(library_path) else None
-    if library is not None and name in [entry.name for entry in library.manifest.domains]:
+    if library is None:
+        Library.check_unpinned(library_path)
+    elif name in [entry.name for entry in library.manifest.domains]:
         raise ValueError(f"{library_path} has a domain `{name}` already: choose another name, or remove it first")
     config = read_config(folder)
     pairs = read_pairs(folder)
@@ -143,7 +145,7 @@ def read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raise ValueError(f"{path} is missing; an adapter in another format has to be saved as safetensors first")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
-        match = _KEY.match(key)
+        match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(
                 f"{path}: `{printable(key)}` is no A or B matrix of a linear projection, and a stack has nothing else"
@@ -226,6 +228,9 @@ def _pattern(key: str) -> regex.Pattern[str]:
         counts = [int(number) for number in re.findall(r"\{(?:\d*,)?(\d{1,4})\}", key)]
         if key.count("{") != len(counts) or math.prod(counts) > _MOST_REPEATS:
             raise ValueError(f"more than {_MOST_REPEATS} repeats are counted, or not as {{1,3}}")
+        # `regex` takes "[[:alpha:]]" for a class of letters, as `re` does not.
+        if "[:" in key:
+            raise ValueError("a class of characters as in POSIX")
         # PEFT uses `re`, so `re` has to accept the key; `regex` accepts more, but its matching can be timed out.
         re.compile(whole := rf"(.*\.)?({key})$")
         return regex.compile(whole)
@@ -267,8 +272,9 @@ def _load_base(folder: Path, name: str | None, revision: str | None) -> PreTrain
         return AutoModelForCausalLM.from_pretrained(
             name or "", revision=revision or "main", dtype="auto", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    # A folder from a stranger makes Transformers and the libraries below raise errors of any type.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
             f"The base model {name!r} of {folder} cannot be loaded ({printable(reason)}): name it with --base-model"
         ) from error

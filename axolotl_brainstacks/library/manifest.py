@@ -6,22 +6,23 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from axolotl_brainstacks.guarded import parse_json, printable, read
+from axolotl_brainstacks.guarded import MAX_JSON_BYTES, check_values, parse_json, printable, read
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.library.entries import (
     CONFIG,
     MANIFEST,
+    MOST_STACKS,
     READABLE_VERSIONS,
     ROUTER_FILES,
     SCHEMA_VERSION,
     WEIGHTS,
-    Count,
     DomainEntry,
     Entry,
     FileRecord,
     RelativePath,
     RouterEntry,
     StackEntry,
+    StackNumber,
 )
 from axolotl_brainstacks.names import FrozenDtype
 
@@ -43,7 +44,7 @@ class Manifest(Entry):
     stacks: list[StackEntry] = Field(default_factory=list)
     domains: list[DomainEntry] = Field(default_factory=list)
     router: RouterEntry | None = None
-    next_stack: Count = 1
+    next_stack: StackNumber = 1
     root: dict[RelativePath, FileRecord] = Field(default_factory=dict)
     records: dict[RelativePath, FileRecord] = Field(default_factory=dict)
     pending: dict[RelativePath, FileRecord] = Field(default_factory=dict)
@@ -66,6 +67,9 @@ class Manifest(Entry):
         for domain in self.domains:
             if foreign := [name for name in domain.replaced if owner.get(name) != domain.name]:
                 raise ValueError(f"domain {domain.name!r} replaces stack {foreign[0]!r}, which is not its own")
+            rounds = [*domain.rounds, *(domain.before.rounds if domain.before else [])]
+            if foreign := [r.stack for r in rounds if r.stack and owner.get(r.stack) != domain.name]:
+                raise ValueError(f"a round of domain {domain.name!r} made stack {foreign[0]!r}, which is not its own")
             for file in domain.files:
                 if files.setdefault(file, domain.name) != domain.name:
                     raise ValueError(f"{file} is listed by domains {files[file]!r} and {domain.name!r}")
@@ -98,6 +102,13 @@ class Manifest(Entry):
         if not path.is_file():
             raise ValueError(f"{folder} is not a library (no {MANIFEST}): check the path, or train a library first")
         return read(path)
+
+    @staticmethod
+    def check_size(content: bytes) -> None:
+        """Raises ValueError if `content` is larger than a manifest that `read` accepts."""
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        check_values(content.decode())
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> Self:
@@ -155,7 +166,16 @@ class Manifest(Entry):
         raise ValueError(f"stack {name!r} is not in the library, which has {known}: check the name")
 
     def next_stack_name(self, domain: str) -> str:
-        """The name that the next stack will have if it belongs to `domain`, such as "s003_math"."""
+        """The name that the next stack will have if it belongs to `domain`, such as "s003_math".
+
+        Raises:
+            ValueError: if no number is left, which no library reaches by training.
+        """
+        if self.next_stack >= MOST_STACKS:
+            raise ValueError(
+                f"next_stack in {MANIFEST} is {self.next_stack}, and no number is left for another stack: restore the manifest "
+                "from a copy of the library"
+            )
         return f"s{self.next_stack:03d}_{domain}"
 
     def stacks_of(self, domain: str) -> list[StackEntry]:

@@ -1,6 +1,7 @@
 """Files of a library that no answer depends on but later commands read: the prompts and losses that the router was fitted
 on, its evaluation, and the report. The manifest lists each with its SHA-256, which is checked before the file is used."""
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -10,9 +11,37 @@ from axolotl_brainstacks.library.entries import ROUTER_FILES, FileRecord
 from axolotl_brainstacks.library.folder import LibraryFolder
 from axolotl_brainstacks.library.storage import read_checked, record_of
 
+LOG = logging.getLogger(__name__)
+
+FORGETTING = "report/forgetting.json"
+SAMPLES = "report/samples.jsonl"
+ROUTER_CHART = "report/router.png"
+
 
 class LibraryRecords(LibraryFolder):
     """A library's folder with these files. Every method that changes it asserts that it runs inside `writing()`."""
+
+    def unlisted(self) -> list[str]:
+        """The files of the report that the next writer lists, in a library of an earlier version, which listed none.
+
+        A link could lead to any file of this machine, so it is none of them.
+        """
+        if "records" in self.manifest.model_fields_set:
+            return []
+        paths = {file: self.path / file for file in (FORGETTING, SAMPLES, ROUTER_CHART)}
+        return [file for file, path in paths.items() if path.is_file() and not path.is_symlink()]
+
+    def _tidy(self) -> None:
+        super()._tidy()
+        found = {}
+        for file in self.unlisted():
+            try:
+                found[file] = record_of(read(self.path / file))
+            except (OSError, ValueError) as error:
+                LOG.warning("%s: left out of the report", error)
+        if found:
+            with self._changing() as manifest:
+                manifest.records = found
 
     def write_file(self, relative: str, data: bytes) -> FileRecord:
         """Write a file of the report or the router atomically, and list it in `Manifest.records`.
@@ -41,12 +70,8 @@ class LibraryRecords(LibraryFolder):
             manifest.pending.pop(relative, None)
         return record
 
-    def read_file(self, relative: str, unlisted: bool = False) -> bytes | None:
+    def read_file(self, relative: str) -> bytes | None:
         """The content of a file of `Manifest.records`; None if it is not listed.
-
-        Args:
-            unlisted: also read a file that exists but is not listed, as in a library of an earlier version. A link is never
-                followed then, as it could lead to any file of this machine.
 
         Raises:
             ValueError: if a listed file is missing or altered.
@@ -54,7 +79,7 @@ class LibraryRecords(LibraryFolder):
         self._check_way(relative)
         path, record = self.path / relative, self.manifest.records.get(relative)
         if record is None:
-            return read(path) if unlisted and path.exists() and not path.is_symlink() else None
+            return None
         pending = self.manifest.pending.get(relative)
         if pending and not self._problem(relative, pending, pending=False):
             record = pending

@@ -6,6 +6,7 @@ import base64
 import io
 import logging
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -13,21 +14,20 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from axolotl_brainstacks.guarded import parse_json, printable
 from axolotl_brainstacks.library.entries import DomainName
 from axolotl_brainstacks.library.library import Library
+from axolotl_brainstacks.library.records import FORGETTING, ROUTER_CHART, SAMPLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG = logging.getLogger(__name__)
 
-FORGETTING = "report/forgetting.json"
-SAMPLES = "report/samples.jsonl"
 ROUNDS_CHART = "report/rounds.png"
 FORGETTING_CHART = "report/forgetting.png"
-ROUTER_CHART = "report/router.png"
 # What `axolotl brainstacks-router` prints at its end.
 ROUTER_TABLES = "report/router.txt"
 PAGE = "report/report.html"
-# Most rows and most columns in the chart of forgetting, to keep it readable; the JSON file has all of them.
+# Most rows and most columns in the chart of forgetting, and most domains in that of rounds, to keep them readable; the page's
+# table and the JSON file have all of them.
 _MOST_CELLS = 40
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -100,17 +100,19 @@ def write_report(library: Library) -> None:
 
     charts = {}
     if any(domain.rounds for domain in library.manifest.domains):
-        charts[ROUNDS_CHART] = png(_rounds(library))
+        charts[ROUNDS_CHART] = _picture(ROUNDS_CHART, lambda: _rounds(library))
     if rows := read_records(library, FORGETTING):
-        charts[FORGETTING_CHART] = png(_forgetting(rows))
+        charts[FORGETTING_CHART] = _picture(FORGETTING_CHART, lambda: _forgetting(rows))
     for file, picture in charts.items():
-        library.write_file(file, picture)
+        if picture:
+            library.write_file(file, picture)
     titles = {
         ROUNDS_CHART: "Residual boosting: the validation loss after every round",
         FORGETTING_CHART: "Forgetting: every domain's loss after each later domain was trained",
         ROUTER_CHART: "The router on unseen prompts",
     }
-    present = [(title, data) for file, title in titles.items() if (data := charts.get(file) or _chart(library, file))]
+    found = {file: charts[file] if file in charts else _chart(library, file) for file in titles}
+    present = [(title, data) for file, title in titles.items() if (data := found[file])]
     tables = _drawn(library, ROUTER_TABLES)
     page = Environment(autoescape=True).from_string(_TEMPLATE)
     html = page.render(
@@ -122,16 +124,29 @@ def write_report(library: Library) -> None:
     library.write_file(PAGE, html.encode())
 
 
+def _picture(file: str, draw: Callable[[], Figure]) -> bytes | None:
+    """The chart `file` as a PNG; None, with a warning, if it cannot be drawn: a report must not stop a training run."""
+    import numpy as np
+
+    try:
+        with np.errstate(all="ignore"):
+            return png(draw())
+    except Exception as error:  # numbers that do not fit a chart, such as 1e308, raise errors of several types
+        reason = printable(f"{type(error).__name__}: {error}")
+        LOG.warning("%s cannot be drawn (%s): left out of the report", file, reason)
+        return None
+
+
 def _chart(library: Library, file: str) -> bytes | None:
     """A chart that was drawn earlier, or None. Only a PNG will do: whoever publishes the page publishes what it embeds."""
-    data = _drawn(library, file, unlisted=True)
+    data = _drawn(library, file)
     return data if data and data.startswith(_PNG) else None
 
 
-def _drawn(library: Library, file: str, unlisted: bool = False) -> bytes | None:
-    """A part of the report that was made earlier; None, with a warning, if it cannot be read. Arguments as `read_file`'s."""
+def _drawn(library: Library, file: str) -> bytes | None:
+    """A part of the report that was made earlier; None, with a warning, if it cannot be read."""
     try:
-        return library.read_file(file, unlisted)
+        return library.read_file(file)
     except (ValueError, OSError) as error:
         LOG.warning("%s: left out of the report", error)
         return None
@@ -148,8 +163,9 @@ def png(figure: Figure) -> bytes:
 
 def _rounds(library: Library) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    trained = [domain for domain in library.manifest.domains if domain.rounds]
+    trained = [domain for domain in library.manifest.domains if domain.rounds][-_MOST_CELLS:]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for number, domain in enumerate(trained):
@@ -160,11 +176,11 @@ def _rounds(library: Library) -> Figure:
         dropped = [r for r in rounds if not r.kept and math.isfinite(r.loss_after)]
         axes.plot([r.round for r in dropped], [r.loss_after for r in dropped], "x", color=colour)
         axes.plot(-0.15, domain.base_loss, marker="_", markersize=12, color=colour, clip_on=False)
-    axes.set_xticks(range(max(len(domain.rounds) for domain in trained) + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     axes.set_xlabel("round (0: with the stacks of earlier domains; the dash beside it: base alone; x: dropped)")
     axes.set_ylabel("validation loss per answer token")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=1 + len(trained) // 10)
     return figure
 
 
@@ -197,7 +213,7 @@ def read_records(library: Library, file: str) -> list[dict[str, Any]]:
     a broken report must not stop a training run.
     """
     try:
-        data = library.read_file(file, unlisted=True)
+        data = library.read_file(file)
         if data is None:
             return []
         parts = data.splitlines() if file == SAMPLES else [data]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +16,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from axolotl_brainstacks.guarded import MAX_JSON_BYTES, open_regular, printable, read
 from axolotl_brainstacks.guarded import load_tensors as load_tensors
-from axolotl_brainstacks.guarded import open_regular, printable, read
 from axolotl_brainstacks.library.entries import FileRecord
+
+# Most bytes of a file that holds neither tensors nor one JSON document, such as the discovery's records.
+MAX_TEXT_BYTES = 2**30
+_CHUNK_BYTES = 2**20
 
 
 def record_of(data: bytes) -> FileRecord:
@@ -33,7 +38,7 @@ def problem_of(path: Path, record: FileRecord, verify: bool = True) -> str | Non
             if (size := os.fstat(file.fileno()).st_size) != record.bytes:
                 kind = "truncated" if size < record.bytes else "altered"
                 return f"{name} is {kind} ({size} bytes instead of {record.bytes})"
-            if verify and hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+            if verify and _sha256(file, record.bytes) != record.sha256:
                 return f"{name} is altered (its SHA-256 differs from the manifest's)"
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
@@ -44,10 +49,35 @@ def problem_of(path: Path, record: FileRecord, verify: bool = True) -> str | Non
     return None
 
 
+def _sha256(file: BufferedReader, size: int) -> str | None:
+    """The SHA-256 (hex) of a file's content, read in chunks; None if it is not `size` bytes long.
+
+    No more than one byte beyond `size` is read, because some files of the kernel that call themselves empty have no end.
+    """
+    digest, left = hashlib.sha256(), size + 1
+    while left:
+        chunk = file.read(min(left, _CHUNK_BYTES))
+        if chunk is None:  # what a file that would block returns
+            return None
+        if not chunk:
+            break
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.hexdigest() if left == 1 else None
+
+
 def read_checked(path: Path, record: FileRecord) -> bytes:
-    """The content of a file that is as `record` says. Raises ValueError with the message of `problem_of` otherwise."""
+    """The content of a file that is as `record` says.
+
+    Raises:
+        ValueError: with the message of `problem_of`, or if the file is none of tensors and larger than such a file may be.
+    """
     if problem := problem_of(path, record, verify=False):
         raise ValueError(problem)
+    # A sparse file takes no room on the disk, but all of its bytes in memory.
+    limit = {".safetensors": record.bytes, ".json": MAX_JSON_BYTES}.get(path.suffix, MAX_TEXT_BYTES)
+    if record.bytes > limit:
+        raise ValueError(f"{printable(path)} is larger than the {limit} bytes that it may have")
     # The bytes that are returned are the ones checked: the file could change between two reads.
     if record_of(data := read(path, record.bytes)) != record:
         raise ValueError(f"{printable(path)} is altered (its SHA-256 differs from the manifest's)")

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.tensors import check_values
-from axolotl_brainstacks.guarded import folder_problem, parse_json, parse_tensors, printable, read
+from axolotl_brainstacks.guarded import folder_problem, parse_json, parse_tensors, printable
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
-from axolotl_brainstacks.library.storage import json_to_bytes, problem_of, record_of, tensors_to_bytes
+from axolotl_brainstacks.library.storage import json_to_bytes, read_checked, tensors_to_bytes
 from axolotl_brainstacks.router.features import MAX_TOKENS
 from axolotl_brainstacks.router.network import OutcomeRouter
 from axolotl_brainstacks.router.thresholds import gate
@@ -201,12 +201,12 @@ def _listed(folder: Path, entry: RouterEntry, file: str) -> bytes:
     path, record = folder / file, entry.files.get(file)
     if record is None:
         raise _Damaged(f"{path} is not listed in the manifest")
-    if problem := folder_problem(folder, file) or problem_of(path, record, verify=False):
+    if problem := folder_problem(folder, file):
         raise _Damaged(problem)
-    data = read(path, record.bytes)
-    if record_of(data) != record:
-        raise _Damaged(f"{path} is altered (its SHA-256 differs from the manifest's)")
-    return data
+    try:
+        return read_checked(path, record)
+    except ValueError as error:
+        raise _Damaged(str(error)) from error
 
 
 def spread(weights: Tensor, domains: list[str], stacks: Iterable[Stack]) -> tuple[list[str], Tensor]:

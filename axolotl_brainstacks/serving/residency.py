@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from axolotl_brainstacks.adapter.config import BrainstacksConfig
+from axolotl_brainstacks.adapter.folder import find_weights
 from axolotl_brainstacks.adapter.layer import BrainstacksLinear
 from axolotl_brainstacks.adapter.segment import StackTensors
 from axolotl_brainstacks.adapter.tensors import check_values, stack_pairs
@@ -179,7 +180,7 @@ def check_root(library: Library) -> None:
                 f"{problem}: restore the file from a copy of the library, or run `axolotl train` on its YAML again, which "
                 "writes it anew"
             )
-    if (weights := library.path / WEIGHTS).is_file():
+    if (weights := find_weights(library.path)) is not None:
         load_tensors(weights)  # PEFT reads this file next, with less careful checks
 
 
