@@ -149,6 +149,16 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str, bool]] = {
     "no data": (without_data, "`datasets:` is missing in domain `math`", False),
     "bad name": (second(name="My Domain"), "`My Domain` cannot be a domain's name; use lower-case", False),
     "a value of a domain": (second(learning_rate=-1), "`learning_rate` of domain `math` is -1; it must be", False),
+    "no such model": (
+        lambda config: config.update(base_model="./nowhere/model"),
+        "`base_model` is ./nowhere/model, and there is no such folder",
+        False,
+    ),
+    "a file as output": (
+        lambda config: config.update(output_dir=f"{config['brainstacks']['domains'][0]['datasets'][0]['path']}/out"),
+        r"`output_dir` is .*, but .*\.jsonl is a file: name a folder",
+        False,
+    ),
     "no such file": (
         second(datasets=[chat_dataset(Path("none.jsonl"))]),
         "`datasets` of domain `math`: there is no none.jsonl: correct the path; a relative one starts at /",
@@ -218,6 +228,7 @@ def test_real_commands_end_in_one_line_and_leave_nothing_behind(
         (["train", "--launcher", "python"], "after loading"),
         (["train", "--launcher", "python"], "damaged manifest"),
         (["train", "--launcher", "python"], "missing stack"),
+        (["train", "--launcher", "python"], "no such model"),
         (["preprocess"], "bad name"),
         (["preprocess"], "no such file"),
         (["inference", "--launcher", "python"], "missing library"),
@@ -232,7 +243,9 @@ def test_real_commands_end_in_one_line_and_leave_nothing_behind(
             config, message = mistaken(tiny_llama_dir, folder, name, trained)
         (folder / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
         before = tree(folder)
-        return run_axolotl([command, "config.yml", *options], folder, expect=1), message, tree(folder) == before
+        # As for a user: with Axolotl's copy of all output in a log file, which a refused run has to close and remove.
+        log = run_axolotl([command, "config.yml", *options], folder, {"AXOLOTL_TEE_STDOUT": "1"}, timeout=200, expect=1)
+        return log, message, tree(folder) == before
 
     with ThreadPoolExecutor(2) as pool:
         for log, message, as_before in pool.map(run, range(len(commands))):

@@ -79,7 +79,7 @@ def test_the_plan_counts_rows_steps_and_stacks(run: tuple[dict[str, Any], Path, 
     ]
     assert made.domains[2] == DomainPreview(
         "math", stacks=5, rounds=4, rl_rounds=("dpo",), training_rows=30, dropped_rows=3, validation_rows=10, kept_rows=10,
-        steps=5, rl_steps=(7,), tokens_per_step=2 * 3 * 128, directions=3, samples=16,
+        steps=5, rl_steps=(7,), tokens_per_step=2 * 3 * 128, directions=3, samples=16, min_capacity=0.25,
     )  # fmt: skip
     assert made.total_steps == 4 * 5 + 7
     assert made.stacks == sum(held.values()) + 5
@@ -207,6 +207,20 @@ def test_a_null_space_with_too_few_rows_is_named() -> None:
     made = of(domain("chat"), domain("code", directions=4, samples=20), domain("math", directions=4, samples=8))
     (note,) = made.notes()
     assert all(part in note for part in ("chat has 8", "20", "val_set_size", "brainstacks.null_space.samples"))
+
+
+@pytest.mark.parametrize(
+    ("directions", "said"), [(40, "find only 38% of its"), (64, "find no direction free, and stop")]
+)
+def test_a_null_space_that_fills_up_is_named(tiny_llama_dir: Path, tmp_path: Path, directions: int, said: str) -> None:
+    """The narrowest projection of the tiny model has 64 outputs."""
+    config = curriculum_config(tiny_llama_dir, tmp_path, ["chat", "code", "math"])
+    config["brainstacks"]["null_space"] = {"directions": directions, "samples": 8, "min_capacity": 0.4}
+    notes = list(previewed(loaded(config), count_raw=False).notes())
+    (note,) = [note for note in notes if "protect other domains" in note]
+    assert f"code may {said}" in note and "64 outputs" in note and "brainstacks.null_space.directions" in note
+    config["brainstacks"]["null_space"]["directions"] = 16
+    assert list(previewed(loaded(config), count_raw=False).notes()) == []
 
 
 def test_columns_and_unknown_rl_steps() -> None:

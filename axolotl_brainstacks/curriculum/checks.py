@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from axolotl.utils.schemas.enums import CustomSupportedOptimizers
@@ -49,6 +50,19 @@ def check_refused(keys: dict[str, Any], where: str = "") -> None:
     for key, reason in REFUSED.items():
         if keys.get(key):
             raise ValueError(f"`{key}`{where} cannot be used with `adapter: brainstacks`: {reason}")
+
+
+def check_places(cfg: dict[str, Any]) -> None:
+    """Raises ValueError if `base_model` is a path where nothing is, or `output_dir` is not or cannot become a folder."""
+    model = str(cfg.get("base_model") or "")
+    if model.startswith(("/", ".", "~")) and not Path(model).exists():
+        raise ValueError(
+            f"`base_model` is {model}, and there is no such folder: correct the path, or name a model on the hub"
+        )
+    folder = Path(cfg["output_dir"]).absolute()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"`output_dir` is {cfg['output_dir']}, but {above} is a file: name a folder")
 
 
 def check_values(cfg: dict[str, Any], owner: str, overlay: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -62,7 +63,10 @@ class Footprint:
 
     def _remove(self) -> None:
         if self.made:
+            # Axolotl's tees must outlive the call: it holds a lock while it drops them, and their finaliser waits for that lock.
+            tees = sys.stdout, sys.stderr
             close_debug_log()
+            del tees
         for path in [*self.made, *self.prepared]:
             with suppress(OSError):
                 path.unlink() if path.is_file() else shutil.rmtree(path)

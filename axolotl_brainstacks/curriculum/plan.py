@@ -12,7 +12,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_brainstacks.adapter.injection import PROJECTIONS
 from axolotl_brainstacks.args import BrainstacksBlock
-from axolotl_brainstacks.curriculum.checks import check_refused, check_values
+from axolotl_brainstacks.curriculum.checks import check_places, check_refused, check_values
 from axolotl_brainstacks.curriculum.overlay import EVALUATION, SAVING, check_overlay, overlaid, overlaid_rl
 from axolotl_brainstacks.curriculum.rl_checks import check_rl, rl_title
 from axolotl_brainstacks.library import Library
@@ -70,6 +70,7 @@ class Plan:
             if not domain.overlay.get("datasets") and not cfg.get("datasets"):
                 where = f"domain `{domain.name}` of brainstacks.domains" if block.domains else "the top level"
                 raise ValueError(f"`datasets:` is missing in {where}; without data there is nothing to learn")
+        check_places(cfg)
         library_path = Path(block.library or Path(cfg["output_dir"]) / "library").expanduser()
         if Path(cfg["output_dir"]).resolve().is_relative_to(library_path.resolve()):
             raise ValueError(

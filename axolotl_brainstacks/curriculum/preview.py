@@ -39,7 +39,7 @@ class DomainPreview:
     kept_rows: validation examples that the library keeps.
     steps: steps of one supervised round.
     rl_steps: steps of each RL round; None if they are only known once it runs.
-    directions, samples: the domain's `null_space` settings.
+    directions, samples, min_capacity: the domain's `null_space` settings.
     """
 
     name: str
@@ -57,6 +57,7 @@ class DomainPreview:
     tokens_per_step: int = 0
     directions: int = 0
     samples: int = 0
+    min_capacity: float = 0.0
 
     @property
     def total_steps(self) -> int:
@@ -98,18 +99,21 @@ class Preview:
         return self.columns + sum(self._fitted())
 
     def _fitted(self) -> list[int]:
-        """The number of columns of every fit to come.
+        """The number of columns of every fit to come."""
+        return [columns for _, fits in self._fits() for columns in fits]
+
+    def _fits(self) -> Iterator[tuple[DomainPreview, list[int]]]:
+        """Yield each domain that will train in the null space of others, with the columns of every fit before it.
 
         A domain's columns are fitted when the first other domain trains after it with `null_space.directions` above 0, so
         the last domain of a run has none.
         """
-        waiting, fitted = [0] * self.unprotected, []
+        waiting = [0] * self.unprotected
         for domain in self.domains:
             if domain.directions and not domain.done:
-                fitted += [own or domain.directions for own in waiting]
+                yield domain, [own or domain.directions for own in waiting]
                 waiting = []
             waiting += [] if domain.protected else [domain.directions]
-        return fitted
 
     def library_bytes(self, sizes: Sizes) -> int:
         """The most bytes on disk of stacks, null-space columns and validation examples; the router comes on top."""
@@ -117,6 +121,26 @@ class Preview:
         return self.stacks * sizes.stack_file + bases + self.validation_bytes
 
     def notes(self) -> Iterator[str]:
+        """Yield what to mend before training: validation examples that are too few, and a null space that fills up."""
+        yield from self._few_examples()
+        if self.sizes is not None:
+            yield from self._full_null_space(min(layer.out_features for layer in self.sizes.layers))
+
+    def _full_null_space(self, narrowest: int) -> Iterator[str]:
+        """Yield a note for the first domain that may find too few output directions. `narrowest`: outputs of a projection."""
+        held = self.columns
+        for domain, fits in self._fits():
+            held += sum(fits)
+            if (left := 1 - min(held / narrowest, 1.0)) < max(domain.min_capacity, 1 / narrowest):
+                finds = f"only {left:.0%} of its directions free" if left else "no direction free, and stop"
+                yield (
+                    f"{domain.name} may find {finds}: up to {held} directions will protect other domains, and the narrowest "
+                    f"projection has {narrowest} outputs: lower brainstacks.null_space.directions now, because those of "
+                    "trained domains stay"
+                )
+                return
+
+    def _few_examples(self) -> Iterator[str]:
         """Yield a note for each domain that keeps fewer validation examples than fitting its columns asks for."""
         for domain, after in pairwise(self.domains):
             if after.directions and not domain.done and domain.kept_rows < after.samples:
@@ -254,6 +278,7 @@ def _todo(plan: Plan, entry: DomainArgs, stage: DomainStage, count_raw: bool) ->
         tokens_per_step=cfg.batch_size * cfg.sequence_len,
         directions=block.null_space.directions,
         samples=block.null_space.samples,
+        min_capacity=block.null_space.min_capacity,
     )
 
 
