@@ -118,6 +118,11 @@ def test_preprocess_prints_a_table_and_train_its_summary(
     assert "Plan: " in whole and "Plan: " not in run[2]
 
 
+def test_preprocess_makes_no_library(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    loaded(curriculum_config(tiny_llama_dir, tmp_path, ["chat"]), preprocess=True)
+    assert not (tmp_path / "out" / "library").exists()
+
+
 def test_bytes_on_disk_are_exact(run: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
     library = Library.open(run[1] / "out" / "library")
     made = previewed(loaded(three_domains(run, tmp_path)), count_raw=False)

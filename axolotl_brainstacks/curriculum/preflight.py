@@ -89,6 +89,7 @@ class TrainingRun:
             SystemExit: with status 0 if the library holds all domains already.
         """
         init_distributed_state()
+        was_there = plan.library_path.exists()
         on_main(lambda: check_library(plan))
         library = LibraryState.same_for_all(plan)
         done = done_domains(plan)
@@ -107,6 +108,9 @@ class TrainingRun:
         shared = shared_by_all(Path(plan.raw["output_dir"]))
         if is_main():
             print_plan(plan, stages, whole=preprocess)
+            if preprocess and not was_there:
+                with suppress(OSError):
+                    plan.library_path.rmdir()  # checking that it can be written has made it
         return cls(plan, library, stages, shared)
 
     @property
