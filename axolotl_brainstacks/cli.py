@@ -40,11 +40,14 @@ def _open(ctx: click.Context) -> "Library":
     return Library.open(ctx.obj)
 
 
-@click.group(cls=_Commands, short_help="list, verify, prune or extend a library of brainstacks")
+@click.group(cls=_Commands)
 @click.argument("lib", type=click.Path(file_okay=False, path_type=Path))
 @click.pass_context
 def library(ctx: click.Context, lib: Path) -> None:
-    """Inspect or change the library in LIB, the folder that `brainstacks.library` names."""
+    """List, verify or change a library of stacks.
+
+    LIB is its folder, which `brainstacks.library` names.
+    """
     ctx.obj = lib
 
 
@@ -233,7 +236,6 @@ def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[
 
 @click.command(
     cls=_OneLineErrors,
-    short_help="discover, fit and evaluate the router of a library of brainstacks",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
@@ -246,8 +248,11 @@ def join(ctx: click.Context, other: Path, only: tuple[str, ...], renamed: tuple[
 )
 @click.pass_context
 def router(ctx: click.Context, config: str, launcher: str) -> None:
-    """Measure which domains' stacks help with which held-out prompts; fit, calibrate and evaluate the router of CONFIG's
-    library."""
+    """Make and evaluate the router of a library.
+
+    Measures which domains' stacks help with which held-out prompts; fits, calibrates and evaluates the router of CONFIG's
+    library.
+    """
     if launcher == "python":
         if ctx.args:
             raise click.UsageError(f"No such option or argument: {' '.join(ctx.args)}; settings belong into {config}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
@@ -33,6 +34,10 @@ def explain(error: ValidationError, root: str, model: type[BaseModel], block: An
                 sentences.append(f"`{path}` is missing")
             case "extra_forbidden":
                 sentences.append(f"`{path}` is not a key{_did_you_mean(model, mistake['loc'])}")
+            case "model_type" | "dict_type":
+                # Pydantic would name a class of ours here, which tells a user nothing.
+                shown = f"the list {reprlib.repr(value)}" if isinstance(value, list) else shown
+                sentences.append(f"`{path}` is {shown}: write keys below it{_such_as(model, mistake['loc'])}")
             case _:
                 sentences.append(f"`{path}` is {shown}: {message}")
     return "; ".join(sentences)
@@ -51,11 +56,30 @@ def _named(path: tuple[int | str, ...], block: Any) -> Iterator[int | str]:
 
 def _did_you_mean(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
     """The hint for an unknown key, the last part of `path`. Only our own blocks forbid unknown keys."""
-    for part in path[:-1]:
+    block = _block_at(model, path[:-1])
+    assert block is not None
+    return nearest(str(path[-1]), block.model_fields)
+
+
+def _such_as(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    """The hint for a block without keys: one of those that it may have; "" if its schema is unknown."""
+    if (block := _block_at(model, path)) is None:
+        return ""
+    fields = block.model_fields
+    return f", such as `{'domains' if 'domains' in fields else next(iter(fields))}:`"
+
+
+def _block_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The schema of the block at `path`, where `model` is the schema of the whole; None if no model describes it."""
+    block: type[BaseModel] | None = model
+    for part in path:
+        if block is None:
+            return None
         if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            model = next(kind for kind in (annotation, *_inner(annotation)) if _is_block(kind))
-    return nearest(str(path[-1]), model.model_fields)
+            # In a union, `path` has the name of the alternative, too, which is no field.
+            annotation = field.annotation if (field := block.model_fields.get(part)) else None
+            block = next((kind for kind in (annotation, *_inner(annotation)) if _is_block(kind)), None)
+    return block
 
 
 def _inner(annotation: Any) -> Iterator[Any]:

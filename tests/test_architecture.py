@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -12,19 +13,43 @@ import torch
 
 PACKAGE = Path(__file__).parents[1] / "axolotl_brainstacks"
 NAME = PACKAGE.name
-# What each folder may import of the others, besides the ground floor. Nothing imports what stands above it.
-GROUND = {"names", "guarded", "distributed", "evaluation", "args", "router_args", "config_errors"}
-MAY_IMPORT = {
+# Every folder and every file beside them is a part. What each may import of the others, besides the ground floor, which
+# imports nothing of the package.
+GROUND: set[str] = {"names", "guarded", "distributed"}
+MAY_IMPORT: dict[str, set[str]] = {
+    NAME: {"adapter", "serving", "rewards", "plugin"},  # its own __init__.py
     "adapter": set(),
+    "evaluation": set(),
+    "calibration": {"adapter", "evaluation"},
     "library": {"adapter"},
-    "router": {"adapter", "library"},
-    "serving": {"adapter", "library", "router"},
+    "config_errors": set(),
+    "router_args": set(),
+    "args": {"config_errors", "router_args"},
+    "router": {"adapter", "library", "evaluation", "router_args"},
+    "serving": {"adapter", "library", "router", "evaluation"},
     "rewards": set(),
-    "curriculum": {"adapter", "library", "serving", "calibration"},
-    "router_training": {"adapter", "library", "router", "serving", "curriculum", "plugin"},
+    "turns": set(),
+    "errors": set(),
+    "curriculum": {
+        *("adapter", "library", "serving", "evaluation", "calibration", "args", "router_args", "config_errors"),
+    },
+    "plugin": {"curriculum", "errors"},
+    "router_training": {
+        *("adapter", "library", "router", "serving", "evaluation", "args", "router_args", "curriculum", "plugin"),
+    },
+    "cli": {"library", "router_training"},
 }
 # What training needs and answering must not.
 TRAINING = ("axolotl", "bitsandbytes", "datasets", "deepspeed", "trl")
+# The parts that may import some of these, inside functions too. All others work where none is installed.
+MAY_TRAIN = {
+    "curriculum": {*TRAINING},
+    "router_training": {*TRAINING},
+    "plugin": {"axolotl"},
+    "turns": {"axolotl", "datasets"},
+    "cli": {"axolotl"},  # for the command of a launcher
+    "distributed": {"deepspeed"},  # only where ZeRO-3 has sharded the parameters
+}
 
 
 def modules() -> dict[str, Path]:
@@ -35,23 +60,36 @@ def modules() -> dict[str, Path]:
     return found
 
 
+def import_statements() -> Iterator[tuple[str, ast.Import | ast.ImportFrom]]:
+    """Module and statement of every import, at whatever place in the file."""
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                yield name, node
+
+
 def imports() -> dict[str, set[str]]:
-    """Module -> the package's modules that it imports, at whatever place in the file."""
+    """Module -> the package's modules that it imports."""
     known = modules()
     graph: dict[str, set[str]] = {name: set() for name in known}
-    for name, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == NAME:
-                for alias in node.names:
-                    full = f"{node.module}.{alias.name}"
-                    graph[name].add(full if full in known else node.module)
-            elif isinstance(node, ast.Import):
-                graph[name] |= {alias.name for alias in node.names if alias.name in known}
+    for name, node in import_statements():
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == NAME:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                graph[name].add(full if full in known else node.module)
+        elif isinstance(node, ast.Import):
+            graph[name] |= {alias.name for alias in node.names if alias.name in known}
     return graph
 
 
-def room(module: str) -> str:
+def part(module: str) -> str:
     return module.removeprefix(f"{NAME}.").split(".")[0]
+
+
+def test_imports_are_absolute() -> None:
+    """The other tests read the names of modules from the statements."""
+    relative = {name for name, node in import_statements() if isinstance(node, ast.ImportFrom) and node.level}
+    assert not relative, sorted(relative)
 
 
 def test_no_two_modules_import_each_other_not_even_through_others() -> None:
@@ -65,16 +103,27 @@ def test_no_two_modules_import_each_other_not_even_through_others() -> None:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_a_folder_knows_only_what_stands_below_it(folder: str) -> None:
-    allowed = MAY_IMPORT[folder] | GROUND | {folder}
+def test_every_part_has_its_rule() -> None:
+    assert {part(module) for module in modules()} == GROUND | MAY_IMPORT.keys()
+
+
+def test_a_part_knows_only_what_stands_below_it() -> None:
+    allowed = {name: below | GROUND | {name} for name, below in MAY_IMPORT.items()}
     wrong = {
         f"{module} imports {target}"
         for module, targets in imports().items()
-        if room(module) == folder
         for target in targets
-        if room(target) not in allowed
+        if part(target) not in allowed.get(part(module), set())
     }
+    assert not wrong, sorted(wrong)
+
+
+def test_only_training_imports_what_training_needs() -> None:
+    wrong = set()
+    for module, node in import_statements():
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        foreign = {name.split(".")[0] for name in names} & {*TRAINING}
+        wrong |= {f"{module} imports {name}" for name in foreign - MAY_TRAIN.get(part(module), set())}
     assert not wrong, sorted(wrong)
 
 

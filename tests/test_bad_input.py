@@ -124,7 +124,14 @@ def without_data(config: dict[str, Any]) -> None:
         (block(top_kk=2), ("`brainstacks.top_kk`", "`top_k`")),
         (block(null_space={"direction": 2}), ("`brainstacks.null_space.direction`", "`directions`")),
         (block(num_experts="many"), ("`brainstacks.num_experts`", "'many'", "integer")),
-        (block(boosting=[1]), ("`brainstacks.boosting`", "list")),
+        (block(boosting=[1]), ("`brainstacks.boosting`", "list [1]", "keys below it", "`max_rounds:`")),
+        (block(router={"floors": [0.2]}), ("`brainstacks.router.floors`", "list [0.2]", "keys below it")),
+        (block(domains=["chat"]), ("`brainstacks.domains.0`", "'chat'", "keys below it", "`name:`")),
+        (last_domain(brainstacks=3), ("`brainstacks.domains.math.brainstacks`", "3", "keys below it", "`boosting:`")),
+        *(
+            (top(brainstacks=value), ("`brainstacks`", shown, "keys below it", "`domains:`"))
+            for value, shown in (([1, 2], "list [1, 2]"), ("./library", "'./library'"), (True, "True"), (list(range(999)), "..."))
+        ),
         (block(top_k=5, num_experts=4), ("brainstacks.top_k is 5", "brainstacks.num_experts is 4")),
         (second_domain(name="chat"), ("brainstacks.domains", "`chat`", "twice")),
         *(

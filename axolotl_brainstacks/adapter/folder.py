@@ -24,14 +24,13 @@ from peft.utils.constants import (
 
 from axolotl_brainstacks.adapter.tensors import module_of
 from axolotl_brainstacks.guarded import load_tensors, printable
-from axolotl_brainstacks.names import PIN
+from axolotl_brainstacks.names import MANIFEST, PIN, ROUTER_FILES
 
-MANIFEST = "manifest.json"
 # The files of a library that answering needs, as patterns for a download.
 NEEDED = (
     *(MANIFEST, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
     *(f"stacks/*/{file}" for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)),
-    *("router/router_config.json", "router/router.safetensors"),
+    *ROUTER_FILES,
 )
 # A name that means the same as a regular expression, as PEFT matches it: a dot stands for itself among others.
 _PLAIN_NAME = re.compile(r"[\w.-]+")
@@ -70,7 +69,6 @@ def check_kind(config: FolderConfig, folder: Path) -> None:
         ValueError: if the config is neither, since PEFT would then load the base model alone, a stack that no route chooses,
             or another library; or if the weights next to it are damaged, a pickle, or no regular file.
     """
-    weights = find_weights(folder)
     weights = find_weights(folder)
     file, is_library = folder / CONFIG_NAME, (folder / MANIFEST).is_file()
     fix = "restore the file from a copy, or run `axolotl train` on its YAML again, which writes it anew"

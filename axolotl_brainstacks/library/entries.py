@@ -7,12 +7,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from axolotl_brainstacks.names import DOMAIN_NAME
 
-MANIFEST = "manifest.json"
 # The two files that PEFT reads, of a stack and of the library as a whole.
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# The two files that a router answers from.
-ROUTER_FILES = ("router/router_config.json", "router/router.safetensors")
 SCHEMA_VERSION: Final = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
 DOMAIN_PATTERN = rf"^{DOMAIN_NAME.pattern}$"

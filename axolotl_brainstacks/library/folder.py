@@ -20,7 +20,7 @@ from typing import Self
 
 from axolotl_brainstacks.guarded import folder_problem, parse_json, printable, read, shortened
 from axolotl_brainstacks.library.entries import CONFIG as CONFIG
-from axolotl_brainstacks.library.entries import MANIFEST, STACK_PATTERN, FileRecord
+from axolotl_brainstacks.library.entries import STACK_PATTERN, FileRecord
 from axolotl_brainstacks.library.entries import WEIGHTS as WEIGHTS
 from axolotl_brainstacks.library.locking import LOCK, OWNER, FolderLock
 from axolotl_brainstacks.library.manifest import BaseModelInfo, Manifest
@@ -33,7 +33,7 @@ from axolotl_brainstacks.library.storage import (
     sync_folder,
     write_durably,
 )
-from axolotl_brainstacks.names import DOMAIN_NAME, PIN, FrozenDtype
+from axolotl_brainstacks.names import DOMAIN_NAME, MANIFEST, PIN, FrozenDtype
 
 LOG = logging.getLogger(__name__)
 

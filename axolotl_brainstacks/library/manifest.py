@@ -10,10 +10,8 @@ from axolotl_brainstacks.guarded import MAX_JSON_BYTES, check_values, parse_json
 from axolotl_brainstacks.library.base_model import BaseModelInfo
 from axolotl_brainstacks.library.entries import (
     CONFIG,
-    MANIFEST,
     MOST_STACKS,
     READABLE_VERSIONS,
-    ROUTER_FILES,
     SCHEMA_VERSION,
     WEIGHTS,
     DomainEntry,
@@ -24,7 +22,7 @@ from axolotl_brainstacks.library.entries import (
     StackEntry,
     StackNumber,
 )
-from axolotl_brainstacks.names import FrozenDtype
+from axolotl_brainstacks.names import MANIFEST, ROUTER_FILES, FrozenDtype
 
 
 class Manifest(Entry):

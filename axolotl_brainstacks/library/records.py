@@ -7,9 +7,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from axolotl_brainstacks.guarded import read
-from axolotl_brainstacks.library.entries import ROUTER_FILES, FileRecord
+from axolotl_brainstacks.library.entries import FileRecord
 from axolotl_brainstacks.library.folder import LibraryFolder
 from axolotl_brainstacks.library.storage import read_checked, record_of
+from axolotl_brainstacks.names import ROUTER_FILES
 
 LOG = logging.getLogger(__name__)
 

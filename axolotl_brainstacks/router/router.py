@@ -16,13 +16,13 @@ from axolotl_brainstacks.adapter.tensors import check_values
 from axolotl_brainstacks.guarded import folder_problem, parse_json, parse_tensors, printable
 from axolotl_brainstacks.library import Library, Manifest, RouterEntry
 from axolotl_brainstacks.library.storage import json_to_bytes, read_checked, tensors_to_bytes
+from axolotl_brainstacks.names import ROUTER_FILES
 from axolotl_brainstacks.router.features import MAX_TOKENS
 from axolotl_brainstacks.router.network import OutcomeRouter
 from axolotl_brainstacks.router.thresholds import gate
 from axolotl_brainstacks.router_args import GateArgs
 
-CONFIG = "router/router_config.json"
-WEIGHTS = "router/router.safetensors"
+CONFIG, WEIGHTS = ROUTER_FILES
 
 
 class RouterConfig(BaseModel):
