@@ -444,9 +444,7 @@ def test_the_yaml_pins_a_library_before_anything_is_loaded(library: Library, tmp
     def config(sha256: str) -> DictDefault:
         block = {"library": str(library.path), "library_sha256": sha256, "domain": "law"}
         keys = {"datasets": [{"path": "x", "type": "alpaca"}], "inference": True}
-        return DictDefault(
-            base_config(Path("/nowhere"), tmp_path / "out", adapter="brainstacks", brainstacks=block) | keys
-        )
+        return DictDefault(base_config(tmp_path, tmp_path / "out", adapter="brainstacks", brainstacks=block) | keys)
 
     pin = Library.open(library.path).sha256
     plan = pinned(library.path, pin)
