@@ -303,7 +303,10 @@ def test_a_cache_is_read_again_whichever_way_the_stacks_changed(model: PeftModel
         assert torch.equal(cached, model.generate(ids, **options, **GREEDY))
         return torch.cat([cached, some_prompts(1, 5)[0][None]], 1)
 
-    ids = both(some_prompts(1, 7)[0][None], **of_chat)
+    ids = some_prompts(1, 7)[0][None]
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)  # with all stacks on
+    ids = both(torch.cat([ids, some_prompts(1, 3)[0][None]], 1), **of_chat)
     if between == "chosen":
         with tuner.using_stacks([stack.name for stack in tuner.stacks if stack.domain == "code"]):
             ids = both(ids)

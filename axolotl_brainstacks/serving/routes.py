@@ -175,13 +175,12 @@ def _answer(tuner: LibraryTuner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The base model's `generate` with the stacks that are on.
 
     A KV cache that was filled with other stacks, as in a chat whose turns take different routes, is emptied first; so is one
-    that an interrupted answer left half filled. A cache without a mark was filled by the caller's own forwards, and is used
-    as it is.
+    that an interrupted answer left half filled, or that the caller's own forwards filled, with whatever stacks were on.
     """
     cache, on = kwargs.get("past_key_values"), tuner.selection.wanted
     read_with = (on.names, None if on.weights is None else on.weights.tolist())
     if cache is not None:
-        if cache.get_seq_length() and getattr(cache, _READ_WITH, read_with) != read_with:
+        if cache.get_seq_length() and getattr(cache, _READ_WITH, None) != read_with:
             cache.reset()
         setattr(cache, _READ_WITH, None)
     answer = tuner.model.generate(*args, **kwargs)
