@@ -73,9 +73,7 @@ def list_domains(ctx: click.Context) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     # Counted once for all domains, of which a library may have thousands.
     counts = Counter(stack.domain for stack in manifest.stacks)
-    sizes = Counter({domain.name: sum(r.bytes for r in domain.files.values()) for domain in manifest.domains})
-    for stack in manifest.stacks:
-        sizes[stack.domain] += sum(record.bytes for record in stack.files.values())
+    sizes = manifest.bytes_by_domain()
     known = set(manifest.router.domains if manifest.router else [])
     for domain in manifest.domains:
         constraint = domain.constraint or domain.nullspace

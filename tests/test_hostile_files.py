@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support.answering import base as base
 from support.hostile import change_manifest
 from support.library_files import run
 from support.routed import new_library, tiny_base, tuner_of
@@ -35,12 +36,6 @@ EMPTY = {"sha256": "0" * 64, "bytes": 0}
 ENDLESS = Path("/proc/self/pagemap")
 # Takes exponential time on every name of a module.
 SLOW = "(([a-z0-9_.]+)+)+!"
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    return tiny_base()
 
 
 @pytest.fixture(scope="module")

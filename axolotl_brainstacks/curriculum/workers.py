@@ -27,9 +27,8 @@ def keep_workers(trainer: Trainer) -> None:
 def _with_kept_workers(make: Callable[..., DataLoader[Any]]) -> Callable[..., DataLoader[Any]]:
     def made(*args: Any, **kwargs: Any) -> DataLoader[Any]:
         loader = make(*args, **kwargs)
-        own = getattr(
-            loader, "base_dataloader", loader
-        )  # Accelerate's loaders have one inside, which starts the workers
+        # Accelerate's loaders have one inside, which starts the workers.
+        own = getattr(loader, "base_dataloader", loader)
         own.worker_init_fn = partial(_start_worker, own.worker_init_fn)
         return loader
 

@@ -25,6 +25,7 @@ from axolotl_brainstacks.library.entries import WEIGHTS as WEIGHTS
 from axolotl_brainstacks.library.locking import LOCK, OWNER, FolderLock
 from axolotl_brainstacks.library.manifest import BaseModelInfo, Manifest
 from axolotl_brainstacks.library.storage import (
+    first_free,
     json_to_bytes,
     make_writable,
     problem_of,
@@ -209,7 +210,7 @@ class LibraryFolder:
         owner |= {file: domain.name for domain in self.manifest.domains for file in domain.files}
         files = self.manifest.files
         return [
-            f"{problem}: {self._fix(domain)}"
+            f"{problem}: {self._fix(f'domain `{domain}`', domain)}"
             for file, domain in owner.items()
             if (problem := self._problem(file, files[file]))
         ]
@@ -297,10 +298,13 @@ class LibraryFolder:
         target = self.path / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         top = PurePosixPath(relative).parts[0]
-        unlisted = top in (*OWNED, "report") and relative not in _owned(self.manifest) | self.manifest.records.keys()
-        in_the_way = target.is_dir() and not target.is_symlink() and not staged.is_dir()
-        if os.path.lexists(target) and (unlisted or in_the_way):
-            self._move_aside(target)
+        if os.path.lexists(target):
+            unlisted = (
+                top in (*OWNED, "report") and relative not in _owned(self.manifest) | self.manifest.records.keys()
+            )
+            in_the_way = _is_folder(target) and not staged.is_dir()
+            if unlisted or in_the_way:
+                self._move_aside(target)
         if top in OWNED:
             self._published.add(relative)
         staged.replace(target)
@@ -335,12 +339,10 @@ class LibraryFolder:
         """Move an unlisted file or folder into `.leftovers`: a killed run, the user or a newer manifest may own it."""
         now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         (self.path / LEFTOVERS).mkdir(exist_ok=True)
-        number, target = 1, self.path / LEFTOVERS / f"{now}-{path.name}"
-        while os.path.lexists(target):
-            number += 1
-            target = target.with_name(f"{now}-{number}-{path.name}")
-        if path.is_dir() and not path.is_symlink():
-            _make_writable(path)
+        folder = self.path / LEFTOVERS
+        target = first_free(lambda number: folder / f"{now}-{f'{number}-' if number > 1 else ''}{path.name}")
+        if _is_folder(path):
+            _allow_changes(path)
         path.rename(target)
         LOG.warning(
             "%s is not listed in %s: a killed run left it, or the manifest is an old one, or it is yours; it is now %s: "
@@ -358,14 +360,14 @@ class LibraryFolder:
         """
         self._check_way(relative)
         path = self.path / relative
-        if not path.is_dir() or path.is_symlink():
+        if not _is_folder(path):
             with suppress(FileNotFoundError):
                 path.unlink()
             return
-        _make_writable(path)
+        _allow_changes(path)
         for entry in sorted(path.iterdir()):
-            inner, folder = f"{relative}/{entry.name}", entry.is_dir() and not entry.is_symlink()
-            if (folder and relative != STAGING) or (listed is not None and inner not in listed):
+            inner = f"{relative}/{entry.name}"
+            if (_is_folder(entry) and relative != STAGING) or (listed is not None and inner not in listed):
                 self._move_aside(entry)
             else:
                 self._remove(inner)
@@ -397,17 +399,21 @@ class LibraryFolder:
     @property
     def fix(self) -> str:
         """The remedy for a damaged file of a domain, as the end of an error."""
-        return self._fix("DOMAIN")
+        return self._fix("its domain", "DOMAIN")
 
-    def _fix(self, domain: str) -> str:
-        its = "its domain" if domain == "DOMAIN" else f"domain `{domain}`"
+    def _fix(self, owner: str, name: str) -> str:
         return (
-            f"restore the file from a copy of the library, or remove {its} with "
-            f"`axolotl brainstacks-library {self.path} remove {domain}` and train it again"
+            f"restore the file from a copy of the library, or remove {owner} with "
+            f"`axolotl brainstacks-library {self.path} remove {name}` and train it again"
         )
 
 
-def _make_writable(folder: Path) -> None:
+def _is_folder(path: Path) -> bool:
+    """Whether this is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _allow_changes(folder: Path) -> None:
     """Let this user change a folder's content, as archives keep the modes of folders that were read-only elsewhere."""
     with suppress(PermissionError):  # of another user: what comes next says which path cannot be changed
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):

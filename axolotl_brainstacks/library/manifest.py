@@ -180,10 +180,16 @@ class Manifest(Entry):
         """The stacks of a domain, oldest first; while it is being replaced, the old and the new ones."""
         return [stack for stack in self.stacks if stack.domain == domain]
 
+    def bytes_by_domain(self) -> Counter[str]:
+        """The bytes on disk of all files of each domain, its stacks included."""
+        sizes = Counter({domain.name: sum(r.bytes for r in domain.files.values()) for domain in self.domains})
+        for stack in self.stacks:
+            sizes[stack.domain] += sum(record.bytes for record in stack.files.values())
+        return sizes
+
     def bytes_of(self, domain: str) -> int:
-        """The bytes on disk of all files of a domain, its stacks included."""
-        records = [record for stack in self.stacks_of(domain) for record in stack.files.values()]
-        return sum(record.bytes for record in [*records, *self.domain(domain).files.values()])
+        """`bytes_by_domain` of one domain. Raises ValueError as `domain`."""
+        return self.bytes_by_domain()[self.domain(domain).name]
 
     @property
     def active_stacks(self) -> list[StackEntry]:

@@ -2,14 +2,13 @@
 on, its evaluation, and the report. The manifest lists each with its SHA-256, which is checked before the file is used."""
 
 import logging
-import os
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from axolotl_brainstacks.guarded import read
 from axolotl_brainstacks.library.entries import FileRecord
 from axolotl_brainstacks.library.folder import LibraryFolder
-from axolotl_brainstacks.library.storage import read_checked, record_of
+from axolotl_brainstacks.library.storage import first_free, read_checked, record_of
 from axolotl_brainstacks.names import ROUTER_FILES
 
 LOG = logging.getLogger(__name__)
@@ -103,10 +102,7 @@ class LibraryRecords(LibraryFolder):
             manifest.records.pop(relative, None)
             manifest.pending.pop(relative, None)
         path = self.path / relative
-        number, aside = 1, path.with_name(f"{path.name}.broken")
-        while os.path.lexists(aside):
-            number += 1
-            aside = path.with_name(f"{path.name}.{number}.broken")
+        aside = first_free(lambda n: path.with_name(f"{path.name}{f'.{n}' if n > 1 else ''}.broken"))
         with suppress(FileNotFoundError):
             path.replace(aside)
         return aside

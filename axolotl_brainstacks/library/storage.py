@@ -4,9 +4,10 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -146,6 +147,11 @@ def full_disk_named(folder: Path) -> Iterator[None]:
             raise
         message = "disk full: free some space and run the same command again"
         raise OSError(errno.ENOSPC, message, str(folder)) from error
+
+
+def first_free(name: Callable[[int], Path]) -> Path:
+    """The first of the paths `name(1)`, `name(2)`, ... where nothing is."""
+    return next(path for path in map(name, count(1)) if not os.path.lexists(path))
 
 
 def make_writable(folder: Path) -> None:
