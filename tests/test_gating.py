@@ -235,6 +235,7 @@ def test_the_injected_gradient_equals_the_explicit_loss_under_every_kind_of_chec
 def test_a_models_padding_changes_no_gradient(reentrant: bool | None) -> None:
     model = wrap(r=2, num_experts=4, top_k=2, noisy_gate=False, balance_coef=0.5)
     revive(model)
+    model.double()  # attention with a mask rounds otherwise than without, by up to 2e-4 of a gradient in fp32
     model.train()
     model.enable_input_require_grads()
     if reentrant is not None:
@@ -249,7 +250,7 @@ def test_a_models_padding_changes_no_gradient(reentrant: bool | None) -> None:
     labels = padded.masked_fill(mask == 0, -100)
     model(input_ids=padded, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
     for name, gradient in expected.items():
-        assert_near(gradients(model)[name], gradient, 1e-4, name)
+        assert_near(gradients(model)[name], gradient, 1e-5, name)
 
 
 def test_a_fresh_stack_whose_delta_is_zero_is_balanced_already() -> None:

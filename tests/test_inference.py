@@ -74,6 +74,7 @@ def test_the_answer_is_that_of_the_routes_stacks_and_weights(model: PeftModel, l
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 def test_beams_keep_their_rows_route(model: PeftModel, how: dict[str, Any]) -> None:
+    model.double()  # or rounding, which padding changes, decides between beams of nearly the same probability
     prompts = different_routes(model, 3)
     ids, mask = padded_left(prompts)
     each = how.get("num_return_sequences", 1)
